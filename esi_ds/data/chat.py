@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, set_values
 from esi_ds.data.thoughts import mark_strings, prompt_end
-from esi_ds.data.tokenizer_files import NEEDED, check_pattern_known
+from esi_ds.data.tokenizer_files import NEEDED, as_in_file, check_pattern_known
 from esi_ds.data.turns import Prompt, Turn, with_system
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource, reading_model
@@ -41,7 +41,7 @@ class EncodedResponse:
 
 
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's fast tokenizer, with a padding token.
+    """The model's fast tokenizer, with a padding token. It splits texts as the folder's tokenizer.json says.
 
     chat_template replaces the tokenizer's: Jinja text, or a file that holds it. Raises UserError if there is no
     fast tokenizer, or if how it splits a text would be a guess (``tokenizer_files``).
@@ -53,9 +53,10 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     with reading_model(source, remedy, "holds no tokenizer that can be loaded"):
         folder = source.folder()
         check_pattern_known(source, folder)
-        tokenizer = AutoTokenizer.from_pretrained(
+        loaded = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=source.trust_remote_code, code_revision=source.code_revision()
         )
+        tokenizer = as_in_file(loaded, folder)
     tokenizer.name_or_path = path
     if not tokenizer.is_fast:
         raise UserError(field, path, "has no tokenizer.json, and its own class is not a fast tokenizer", NEEDED)

@@ -1,10 +1,11 @@
-"""Whether a folder's files say how its tokenizer splits texts, or transformers would have to guess."""
+"""How a folder's files say that its tokenizer splits texts, and whether transformers would have to guess."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from esi_ds.errors import UserError
@@ -35,3 +36,25 @@ def check_pattern_known(source: ModelSource, folder: Path) -> None:
 def _is_tiktoken(file: Path) -> bool:
     with file.open("rb") as opened:
         return RANK.fullmatch(opened.readline(1 << 16).strip()) is not None
+
+
+def as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as tokenizer.json defines it; as transformers loaded it where there is none, or by code that may
+    run.
+
+    Most classes take only vocabulary and merges from that file, and split texts by a rule of their own: GPT-2's, which
+    SmolLM2's folder names, makes two tokens of a blank line before a digit, where the model has learnt one. Models are
+    trained with the file, and other libraries read it whole. folder: the tokenizer's. Raises OSError or ValueError.
+    """
+    kind = type(tokenizer)
+    if kind is PreTrainedTokenizerFast or not kind.__module__.startswith("transformers."):
+        return tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    whole = PreTrainedTokenizerFast.from_pretrained(
+        folder, padding_side=tokenizer.padding_side, model_input_names=tokenizer.model_input_names
+    )
+    vocabulary, named = whole.get_vocab(), whole.special_tokens_map
+    defaults = {key: token for key, token in tokenizer.special_tokens_map.items() if key not in named}
+    whole.add_special_tokens({key: token for key, token in defaults.items() if token in vocabulary})
+    return whole
