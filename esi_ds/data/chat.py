@@ -54,11 +54,14 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
         folder = source.folder()
         check_pattern_known(source, folder)
         loaded = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=source.trust_remote_code, code_revision=source.code_revision()
+            folder,
+            trust_remote_code=source.trust_remote_code,
+            code_revision=source.code_revision(),
+            mistral_format=False,  # with mistral-common installed, tekken.json would be preferred to tokenizer.json
         )
         tokenizer = as_in_file(loaded, folder)
     tokenizer.name_or_path = path
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):  # mistral-common's class does not say
         raise UserError(field, path, "has no tokenizer.json, and its own class is not a fast tokenizer", NEEDED)
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)

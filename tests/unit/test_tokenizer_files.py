@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from builders import byte_bpe_tokenizer, sentencepiece_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto import tokenization_auto
 
 from esi_ds.data.chat import load_tokenizer
+from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 
 TEXT = "to:\n\n12 345,6 it's I'LL\t x  y\r\n\n\nÜe\u0301 한국 中文<|end|></s> The guard\n\n1"
@@ -70,3 +73,25 @@ def test_special_tokens_that_only_the_class_names(tmp_path: Path) -> None:
     stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer = load_tokenizer(ModelSource(str(folder)))
     assert "<|endoftext|>" not in tokenizer.get_vocab() and len(tokenizer) == stored.get_vocab_size()
+
+
+class CommonTokenizer(PreTrainedTokenizerBase):
+    """As mistral-common's, which has no ``is_fast``."""
+
+
+def test_mistrals_own_format_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With mistral-common installed, which vLLM needs, transformers prefers tekken.json to tokenizer.json."""
+    folder = tokenizer_folder(tmp_path / "both", "mistral", {"tokenizer_class": "LlamaTokenizer"}, DIGITS)
+    (folder / "tekken.json").write_text("{}")
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr(
+        tokenization_auto, "_use_mistral_format", lambda *_, **options: options["mistral_format"] is None
+    )
+    tokenizer = load_tokenizer(ModelSource(str(folder)))
+    assert type(tokenizer) is PreTrainedTokenizerFast
+    tokenizer.save_pretrained(tmp_path / "exported")
+    assert "mistral_format" not in (tmp_path / "exported/tokenizer_config.json").read_text()
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(tokenization_auto.AutoTokenizer, "from_pretrained", lambda *_, **__: CommonTokenizer())
+    with pytest.raises(UserError, match="its own class is not a fast tokenizer"):
+        load_tokenizer(ModelSource(str(folder)))
