@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.chat_templates import chat_templates, of_tokenizer, write_chat_templates
 from esi_ds.models.quantised import plain_configuration, read_quantisation
 from esi_ds.models.weights import CONFIG_NAME
-from esi_ds.reading import read_json
+from esi_ds.reading import read_configuration
 
 # Weights in any format, and their indexes: a reader that prefers another format would get the other model's.
 WEIGHTS = (
@@ -69,7 +68,7 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
 def name_dtype(folder: Path, dtype: torch.dtype, field: str) -> None:
     """Have the configuration name the dtype of most weights: transformers would round them to another one."""
     file = folder / CONFIG_NAME
-    content = read_json(file, dict[str, Any], field, "mend it") if file.is_file() else {}
+    content = read_configuration(file, field, "mend it") if file.is_file() else {}
     sections = [content]
     while isinstance(text := sections[-1].get("text_config") or sections[-1].get("thinker_config"), dict):
         sections.append(text)
