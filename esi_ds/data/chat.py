@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import Model
-from esi_ds.data.template_values import check_read, set_values
+from esi_ds.data.template_values import check_read, default_template, set_values
 from esi_ds.data.thoughts import mark_strings, prompt_end
 from esi_ds.data.tokenizer_files import NEEDED, as_in_file, check_pattern_known
 from esi_ds.data.turns import Prompt, Turn, with_system
@@ -325,7 +325,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int
     if behind is None or behind.ids == alone.ids:
         return alone
     is_behind_word = not before[-1:].isspace() and prompt_ids[-1] not in tokenizer.added_tokens_decoder
-    return alone if is_behind_word or _writes_space(tokenizer, tokenizer.chat_template) else behind
+    return alone if is_behind_word or _writes_space(tokenizer, default_template(tokenizer.chat_template)) else behind
 
 
 def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: str) -> EncodedResponse | None:
@@ -346,8 +346,8 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: st
 
 @lru_cache(maxsize=8)
 def _writes_space(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:
-    """Whether the chat template, the tokenizer's own, writes a space between a prompt and its answer, as Llama 2's and
-    Mistral's do."""
+    """Whether the chat template, the tokenizer's default, writes a space between a prompt and its answer, as Llama 2's
+    and Mistral's do."""
     if chat_template is None:
         return False
     asked, answered = ({"role": role, "content": TURN_MARK} for role in ("user", "assistant"))
