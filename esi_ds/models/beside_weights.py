@@ -24,14 +24,18 @@ CARD = "README.md"  # tells of the other model
 FOLDERS = frozenset((".git", ".cache"))  # of a clone or a download: they hold the other weights again
 QUANTISATION = frozenset(("quantize_config.json", "quant_config.json", "hf_quant_config.json"))
 
+# Of a tokenizer saved by transformers before version 5. Beside one that version 5 has saved, which says the same in
+# tokenizer_config.json, they would overrule it.
+TOKEN_MAPS = frozenset(("special_tokens_map.json", "added_tokens.json"))
+
 
 def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bool = False) -> None:
     """Copy configuration, tokenizer and the rest of a model's folder; no weights, and no model card.
 
     The configuration of a quantised model becomes that of the dequantised one. only_missing: leave the files alone that
-    ``target`` has, and out what is in folders, where a training may have left its checkpoints, and a processor's chat
-    template where the tokenizer has got another one. Permissions are those of new files. Raises UserError naming
-    ``field``.
+    ``target`` has, a saved tokenizer's among them, and out what is in folders, where a training may have left its
+    checkpoints, ``TOKEN_MAPS``, and a processor's chat template where the tokenizer has got another one. Permissions
+    are those of new files. Raises UserError naming ``field``.
     """
     is_quantised = read_quantisation(source, field) is not None
     templates = chat_templates(target)
@@ -40,7 +44,7 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
     def is_left_out(file: Path) -> bool:
         if file.is_dir():
             return only_missing or file.name in FOLDERS
-        if only_missing and (target / file.relative_to(source)).exists():
+        if only_missing and (file.name in TOKEN_MAPS or (target / file.relative_to(source)).exists()):
             return True
         is_other_format = any(fnmatch(file.name, one) for one in WEIGHTS)
         return file == source / CARD or is_other_format or (is_quantised and file.name in QUANTISATION)
