@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto import tokenization_auto
 
 from esi_ds.data.chat import load_tokenizer
+from esi_ds.data.tokenizer_files import other_patterns
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
 
@@ -20,9 +21,8 @@ TEXT = "to:\n\n12 345,6 it's I'LL\t x  y\r\n\n\nÜe\u0301 한국 中文<|end|></
 NUMBERED = ["Do this:\n\n1. Boil 250 ml.\n\n2. Add 12 g."] * 20
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
-THREES = pre_tokenizers.Sequence(
-    [pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s*[\r\n]+|[^\p{N}\s]+|\s+"), "isolated"), BYTES]
-)
+PATTERN = r"\p{N}{1,3}|\s*[\r\n]+|[^\p{N}\s]+|\s+"
+THREES = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), BYTES])
 
 
 def tokenizer_folder(folder: Path, kind: str, settings: dict[str, Any], rule: Any = None) -> Path:
@@ -95,3 +95,25 @@ def test_mistrals_own_format_is_left_alone(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tokenization_auto.AutoTokenizer, "from_pretrained", lambda *_, **__: CommonTokenizer())
     with pytest.raises(UserError, match="its own class is not a fast tokenizer"):
         load_tokenizer(ModelSource(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings", "is_other"),
+    [
+        (PATTERN, {}, False),
+        (r"\p{N}|\p{L}+|\s+", {}, True),
+        (r"\p{N}|\p{L}+|\s+", {"fix_mistral_regex": True}, False),
+        (None, {}, False),
+    ],
+)
+def test_a_pattern_that_is_not_that_of_tekken_is_remarked_on(
+    pattern: str | None, settings: dict[str, Any], is_other: bool, tmp_path: Path
+) -> None:
+    """As of Mistral-Small-24B-Instruct-2501."""
+    folder = tokenizer_folder(tmp_path, "mistral", settings, THREES)
+    sources = [ModelSource(str(folder))]
+    assert other_patterns(sources) == []
+    (folder / "tekken.json").write_text(json.dumps({"config": {"pattern": pattern} if pattern else {}, "vocab": []}))
+    remarks = other_patterns(sources)
+    assert len(remarks) == is_other
+    assert all(f"model.path = {folder}: tokenizer.json splits texts by another pattern" in line for line in remarks)
