@@ -134,6 +134,13 @@ def read_json(path: Path, kind: type[Content], field: str, remedy: str) -> Conte
         return check_type(parse_json(read_text(path)), kind)
 
 
+def read_configuration(path: Path, field: str, remedy: str) -> dict[str, Any]:
+    """A model's configuration: as ``read_json``, but for Infinity and NaN. transformers reads them, and its version 4
+    wrote them: Nemotron-H's and Mamba-2's hold one."""
+    with reading(field, path, remedy):
+        return check_type(json.loads(read_text(path), object_pairs_hook=_unique_keys), dict[str, Any])
+
+
 def share_of(sizes: Mapping[str, int], part: int, num_parts: int) -> list[str]:
     """The names that process ``part`` of ``num_parts`` reads, in the mapping's order; each falls to one process.
 

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import Model
-from esi_ds.data.template_values import check_read, set_values
+from esi_ds.data.template_values import check_read, default_template, set_values
 from esi_ds.data.thoughts import mark_strings, prompt_end
-from esi_ds.data.tokenizer_files import NEEDED, check_pattern_known
+from esi_ds.data.tokenizer_files import NEEDED, as_in_file, check_pattern_known
 from esi_ds.data.turns import Prompt, Turn, with_system
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource, reading_model
@@ -41,7 +41,7 @@ class EncodedResponse:
 
 
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's fast tokenizer, with a padding token.
+    """The model's fast tokenizer, with a padding token. It splits texts as the folder's tokenizer.json says.
 
     chat_template replaces the tokenizer's: Jinja text, or a file that holds it. Raises UserError if there is no
     fast tokenizer, or if how it splits a text would be a guess (``tokenizer_files``).
@@ -53,11 +53,15 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     with reading_model(source, remedy, "holds no tokenizer that can be loaded"):
         folder = source.folder()
         check_pattern_known(source, folder)
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=source.trust_remote_code, code_revision=source.code_revision()
+        loaded = AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=source.trust_remote_code,
+            code_revision=source.code_revision(),
+            mistral_format=False,  # with mistral-common installed, tekken.json would be preferred to tokenizer.json
         )
+        tokenizer = as_in_file(loaded, folder)
     tokenizer.name_or_path = path
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):  # mistral-common's class does not say
         raise UserError(field, path, "has no tokenizer.json, and its own class is not a fast tokenizer", NEEDED)
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
@@ -321,7 +325,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int
     if behind is None or behind.ids == alone.ids:
         return alone
     is_behind_word = not before[-1:].isspace() and prompt_ids[-1] not in tokenizer.added_tokens_decoder
-    return alone if is_behind_word or _writes_space(tokenizer, tokenizer.chat_template) else behind
+    return alone if is_behind_word or _writes_space(tokenizer, default_template(tokenizer.chat_template)) else behind
 
 
 def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: str) -> EncodedResponse | None:
@@ -342,8 +346,8 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: st
 
 @lru_cache(maxsize=8)
 def _writes_space(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> bool:
-    """Whether the chat template, the tokenizer's own, writes a space between a prompt and its answer, as Llama 2's and
-    Mistral's do."""
+    """Whether the chat template, the tokenizer's default, writes a space between a prompt and its answer, as Llama 2's
+    and Mistral's do."""
     if chat_template is None:
         return False
     asked, answered = ({"role": role, "content": TURN_MARK} for role in ("user", "assistant"))

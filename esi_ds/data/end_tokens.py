@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.data.chat import TemplateRejection, render
 from esi_ds.models.folder import ModelSource
-from esi_ds.reading import check_type, read_json, reading
+from esi_ds.reading import check_type, read_configuration, reading
 
 MARK = "⟦answer⟧"
 REMEDY = "give a number or a list of numbers, or leave it out"
@@ -37,7 +36,7 @@ def _stored_ends(source: ModelSource, name: str) -> set[int]:
         file = source.folder() / name
     if not file.is_file():  # a model need not have a generation_config.json
         return set()
-    content = read_json(Path(file), dict[str, Any], source.field, "mend the file, or download the model again")
+    content = read_configuration(Path(file), source.field, "mend the file, or download the model again")
     text = content.get("text_config")
     ends: set[int] = set()
     for section in (content, text if isinstance(text, dict) else {}):

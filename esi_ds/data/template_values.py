@@ -62,14 +62,18 @@ def without_values(
     return plain
 
 
+def default_template(template: str | Mapping[str, str] | None) -> str | None:
+    """What is rendered of a tokenizer's ``chat_template``, which may be several by name."""
+    return template.get("default") if isinstance(template, Mapping) else template
+
+
 def unread_values(template: str | Mapping[str, str] | None, values: Mapping[str, Any]) -> list[str]:
     """The names that the template does not read. Raises UserError for a template that is not Jinja."""
     if not values:
         return []
-    if isinstance(template, Mapping):
-        template = template.get("default")
+    text = GENERATION_TAG.sub("", default_template(template) or "")
     try:
-        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", str(template or "")))
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except TemplateError as error:
         problem = f"cannot be set: the chat template is not Jinja ({first_line(error)})"
         raise UserError(FIELD, dict(values), problem, "give a model.chat_template") from error

@@ -1,14 +1,19 @@
-"""Whether a folder's files say how its tokenizer splits texts, or transformers would have to guess."""
+"""How a folder's files say that its tokenizer splits texts, and whether transformers would have to guess."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
+from esi_ds.reading import check_type, read_configuration, read_text, reading
 
 WHOLE = ("tokenizer.json", "tokenizer.*.json", "tekken.json")  # the pattern that splits a text is in them
 NEEDED = "add one: its authors', or one made with the pattern of its own class (docs/running.md)"
@@ -35,3 +40,48 @@ def check_pattern_known(source: ModelSource, folder: Path) -> None:
 def _is_tiktoken(file: Path) -> bool:
     with file.open("rb") as opened:
         return RANK.fullmatch(opened.readline(1 << 16).strip()) is not None
+
+
+def as_in_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as tokenizer.json defines it; as transformers loaded it where there is none, or by code that may
+    run.
+
+    Most classes take only vocabulary and merges from that file, and split texts by a rule of their own: GPT-2's, which
+    SmolLM2's folder names, makes two tokens of a blank line before a digit, where the model has learnt one. Models are
+    trained with the file, and other libraries read it whole. folder: the tokenizer's. Raises OSError or ValueError.
+    """
+    kind = type(tokenizer)
+    if kind is PreTrainedTokenizerFast or not kind.__module__.startswith("transformers."):
+        return tokenizer
+    if not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    whole = PreTrainedTokenizerFast.from_pretrained(
+        folder, padding_side=tokenizer.padding_side, model_input_names=tokenizer.model_input_names
+    )
+    vocabulary, named = whole.get_vocab(), whole.special_tokens_map
+    defaults = {key: token for key, token in tokenizer.special_tokens_map.items() if key not in named}
+    whole.add_special_tokens({key: token for key, token in defaults.items() if token in vocabulary})
+    return whole
+
+
+def other_patterns(sources: Iterable[ModelSource]) -> list[str]:
+    """A sentence on each model whose tokenizer.json splits texts by another pattern than the tekken.json beside it.
+
+    Some of Mistral's models were published so, and were trained with the latter. Raises UserError for a file that
+    cannot be read, and as ``ModelSource.folder``.
+    """
+    sentences = []
+    for source in sources:
+        tekken, file = (source.folder() / name for name in ("tekken.json", "tokenizer.json"))
+        if not tekken.is_file() or not file.is_file():
+            continue
+        content = read_configuration(tekken, source.field, "download it again, or remove it")
+        with reading(source.field, file, "download the model again"):
+            pattern = check_type(content.get("config", {}), dict[str, Any]).get("pattern")
+            is_same = pattern is None or json.dumps(pattern) in read_text(file)
+            is_mended = get_tokenizer_config(file.parent).get("fix_mistral_regex", False)
+        if not is_same and not is_mended:
+            problem = "tokenizer.json splits texts by another pattern than tekken.json"
+            remedy = "fix_mistral_regex: true in its tokenizer_config.json takes that of Mistral's models"
+            sentences.append(f"{source.field} = {source.path}: {problem}; {remedy}")
+    return sentences

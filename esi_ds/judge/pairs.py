@@ -7,7 +7,7 @@ character offsets say which of them overlap it (docs/method.md §1).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
@@ -15,7 +15,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.data.chat import TemplateRejection, render, turn_mark
-from esi_ds.data.template_values import CLOCK, fixed_clock
+from esi_ds.data.template_values import CLOCK, default_template, fixed_clock
 from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.errors import UserError
 from esi_ds.judge.families import FAMILIES, Family
@@ -54,10 +54,7 @@ class TextBuilder:
         self._read: dict[tuple[str, ...], bool] = {}
         self._options = dict(family.options)
         if family.uses_chat_template:
-            template = tokenizer.chat_template
-            if isinstance(template, Mapping):  # several by name, of which "default" is rendered
-                template = template.get("default")
-            if isinstance(template, str) and CLOCK in template:
+            if CLOCK in (template := default_template(tokenizer.chat_template) or ""):
                 self._options["chat_template"] = FIXED_DATE + template
             self._choose_content(field)
             if context == "prompt_and_response" and PROMPT_MARK not in self._apply_chat_template(PROMPT_MARK, "x"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.chat_templates import chat_templates, of_tokenizer, write_chat_templates
 from esi_ds.models.quantised import plain_configuration, read_quantisation
 from esi_ds.models.weights import CONFIG_NAME
-from esi_ds.reading import read_json
+from esi_ds.reading import read_configuration
 
 # Weights in any format, and their indexes: a reader that prefers another format would get the other model's.
 WEIGHTS = (
@@ -24,14 +23,18 @@ WEIGHTS = (
 CARD = "README.md"  # tells of the other model
 FOLDERS = frozenset((".git", ".cache"))  # of a clone or a download: they hold the other weights again
 
+# Of a tokenizer saved by transformers before version 5. Beside one that version 5 has saved, which says the same in
+# tokenizer_config.json, they would overrule it.
+TOKEN_MAPS = frozenset(("special_tokens_map.json", "added_tokens.json"))
+
 
 def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bool = False) -> None:
     """Copy configuration, tokenizer and the rest of a model's folder; no weights, and no model card.
 
     The configuration of a quantised model becomes that of the dequantised one. only_missing: leave the files alone that
-    ``target`` has, and out what is in folders, where a training may have left its checkpoints, and a processor's chat
-    template where the tokenizer has got another one. Permissions are those of new files. Raises UserError naming
-    ``field``.
+    ``target`` has, a saved tokenizer's among them, and out what is in folders, where a training may have left its
+    checkpoints, ``TOKEN_MAPS``, and a processor's chat template where the tokenizer has got another one. Permissions
+    are those of new files. Raises UserError naming ``field``.
     """
     is_quantised = read_quantisation(source, field) is not None
     templates = chat_templates(target)
@@ -40,7 +43,7 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
     def is_left_out(file: Path) -> bool:
         if file.is_dir():
             return only_missing or file.name in FOLDERS
-        if only_missing and (target / file.relative_to(source)).exists():
+        if only_missing and (file.name in TOKEN_MAPS or (target / file.relative_to(source)).exists()):
             return True
         return file == source / CARD or any(fnmatch(file.name, one) for one in WEIGHTS)
 
@@ -67,7 +70,7 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
 def name_dtype(folder: Path, dtype: torch.dtype, field: str) -> None:
     """Have the configuration name the dtype of most weights: transformers would round them to another one."""
     file = folder / CONFIG_NAME
-    content = read_json(file, dict[str, Any], field, "mend it") if file.is_file() else {}
+    content = read_configuration(file, field, "mend it") if file.is_file() else {}
     sections = [content]
     while isinstance(text := sections[-1].get("text_config") or sections[-1].get("thinker_config"), dict):
         sections.append(text)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from esi_ds.core.quantised import CODES_PER_SCALE, BlockScaled, Microscaled, Weight
 from esi_ds.errors import UserError
 from esi_ds.models.weights import CONFIG_NAME, REMEDY, checkpoint_tensors
-from esi_ds.reading import read_json
+from esi_ds.reading import read_configuration
 from esi_ds.tensor_files import StoredTensor
 
 if TYPE_CHECKING:  # takes seconds to import; the tools for patches need none of it
@@ -79,7 +79,7 @@ def read_quantisation(folder: Path, field: str = "model.path", value: str | None
             raise UserError(field, shown, f"is quantised by {tool} ({name} says so), which is not read", WAY_OUT)
     if not (folder / CONFIG_NAME).is_file():  # a folder of scores, or one that is being written
         return None
-    section = _section(read_json(folder / CONFIG_NAME, dict[str, Any], field, REMEDY))
+    section = _section(read_configuration(folder / CONFIG_NAME, field, REMEDY))
     if section is None:
         return None
     method = str(section.get("quant_method") or ("bitsandbytes" if _is_bitsandbytes(section) else "an unnamed method"))
@@ -133,7 +133,7 @@ def plain_configuration(folder: Path, field: str) -> dict[str, Any]:
         kept = {key: value for key, value in part.items() if key not in OLDER_KEYS}
         return {key: without(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
-    return without(read_json(folder / CONFIG_NAME, dict[str, Any], field, REMEDY))
+    return without(read_configuration(folder / CONFIG_NAME, field, REMEDY))
 
 
 def without_quantisation(config: PretrainedConfig) -> None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from esi_ds.errors import UserError
-from esi_ds.reading import check_regular, is_bare_name, read_index, read_json, reading
+from esi_ds.reading import check_regular, is_bare_name, read_configuration, read_index, reading
 from esi_ds.tensor_files import INDEX_NAME, StoredTensor, read_header
 
 CONFIG_NAME = "config.json"
@@ -87,7 +86,7 @@ def _configured_name(folder: Path, field: str) -> str | None:
     file = folder / CONFIG_NAME
     if not file.is_file():  # a folder of scores, or one that is being written
         return None
-    name = read_json(file, dict[str, Any], field, REMEDY).get("transformers_weights")
+    name = read_configuration(file, field, REMEDY).get("transformers_weights")
     if name is None:
         return None
     if not isinstance(name, str) or not is_bare_name(name) or not name.endswith((".safetensors", INDEX_SUFFIX)):

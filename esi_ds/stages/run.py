@@ -32,6 +32,7 @@ from esi_ds.config.needs import unread_of_eval
 from esi_ds.core.mask import Mask, identity, refuse_problems, unread
 from esi_ds.core.units import Parameter
 from esi_ds.data.chat import read_template
+from esi_ds.data.tokenizer_files import other_patterns
 from esi_ds.deepspeed_config import ignored_sections, monitor_settings, resolve_deepspeed
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.journal import unrecorded
@@ -335,7 +336,8 @@ class StageRun(ABC, Generic[Inputs]):
                 tracker.log(f"Slurm has started this job again ({counted(restarts, 'time')} so far)")
             for name in unrecorded(self.folder.path) if runtime.is_main() else ():
                 tracker.log(f"{name}: has no record of its digest, as in earlier versions: it is taken as it is")
-            for line in (*unread_of_eval(self.config, self.stage), *dequantised(self.sources), *changed):
+            of_models = (*dequantised(self.sources), *other_patterns(self.sources))
+            for line in (*unread_of_eval(self.config, self.stage), *of_models, *changed):
                 tracker.remark(line)
             self._check_sources()
             for line in hub.kept_commits():

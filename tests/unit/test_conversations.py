@@ -236,6 +236,8 @@ def test_a_response_is_read_as_the_row_that_teaches_it(space: str) -> None:
     response = encode_response(pieces, prompt_ids, text)
     assert [*prompt_ids, *response.ids, pieces.eos_token_id] == row.ids
     assert "".join(text[start:end] for start, end in response.offsets) == text
+    pieces.chat_template = {"default": pieces.chat_template, "tool_use": "{{ tools }}"}  # as Hermes 2 Pro's
+    assert encode_response(pieces, prompt_ids, text) == response
 
 
 MISTRAL = (

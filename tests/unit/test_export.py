@@ -18,11 +18,13 @@ import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer, shard_bounds
 from safetensors.torch import load_file, save
-from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProcessorMixin
 
 from esi_ds.core.stored import DTYPES
 from esi_ds.core.units import Parameter, Shard, whole
+from esi_ds.data.chat import load_tokenizer
 from esi_ds.models.beside_weights import copy_beside_weights
+from esi_ds.models.folder import ModelSource
 from esi_ds.models.roles import describe
 from esi_ds.zero import export, files, runtime
 from esi_ds.zero.export import export_model
@@ -205,3 +207,21 @@ def test_a_processors_template_stays_only_beside_the_tokenizers_own(template: st
     read = ProcessorMixin.get_processor_dict(tmp_path / "tuned")[0]["chat_template"]
     assert read == ("IMAGES {{ messages }}" if template.startswith("OLD") else template)
     assert (tmp_path / "tuned/preprocessor_config.json").is_file()
+
+
+def test_an_exported_tokenizer_names_the_tokens_that_the_run_used(tmp_path: Path) -> None:
+    """The base's tokenizer_config.json was edited, as a fine-tune's is, and the older map beside it was not."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    tokenizer = byte_bpe_tokenizer(folder=base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    decoder = {number: token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": decoder}))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|bos|>", "pad_token": "<|bos|>"}))
+    (base / "added_tokens.json").write_text(json.dumps({"<|older|>": 339}))
+    used = load_tokenizer(ModelSource(str(base)))
+    assert used.eos_token == "<|end|>"
+    used.save_pretrained(tuned)
+    copy_beside_weights(base, tuned, "model.path", only_missing=True)
+    exported = AutoTokenizer.from_pretrained(tuned)
+    assert exported.special_tokens_map == used.special_tokens_map
+    assert exported.added_tokens_decoder == used.added_tokens_decoder

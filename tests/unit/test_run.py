@@ -24,6 +24,7 @@ from esi_ds import lock
 from esi_ds.artifacts import STATUS, RunFolder, write_json_atomic
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask, identity, unread
+from esi_ds.data.tokenizer_files import other_patterns
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.options import Options
@@ -340,6 +341,7 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
             pass
 
     model = build_model("llama", tmp_path / "model", byte_bpe_tokenizer(), seed=7)
+    (model / "tekken.json").write_text('{"config": {"pattern": "x+"}}')
     run = {"output_dir": str(tmp_path / "run"), "tensorboard": False}
     config = validate({"run": run, "model": {"path": str(model)}, "eval": {"tasks": ["gsm8k"]}})
     lines = ["another model replied", "stop"]
@@ -351,12 +353,13 @@ def test_remarks_of_an_earlier_start_stay(tmp_path: Path) -> None:
         Remarking(config, Options(), None, RunFolder(config.run.output_dir), {}, {}).run()
     said = json.loads((tmp_path / "run/manifest.json").read_text())["remarks"]
     unread = "eval.tasks: read by launch/eval.py, not by SET"
+    (pattern,) = other_patterns([ModelSource(str(model))])
     changed = (
         "eval.batch_size is 2 from this start on, and was 8 before: rows that share a batch may round each other's "
         "results differently"
     )
     lines = "one at a time; one at a time beside it; one at"
-    assert said == f"{unread}; another model replied; stop; {changed}; {lines}"
+    assert said == f"{unread}; {pattern}; another model replied; stop; {changed}; {lines}"
 
 
 def test_a_start_that_has_kept_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

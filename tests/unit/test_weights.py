@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from esi_ds import tensor_files
+from esi_ds.data.end_tokens import end_tokens
 from esi_ds.errors import UserError
 from esi_ds.models import fingerprint
+from esi_ds.models.beside_weights import copy_beside_weights, name_dtype
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config
 from esi_ds.models.meta import meta_model
@@ -201,6 +204,24 @@ def test_configurations_that_no_model_can_be_made_of(tmp_path: Path, what: str) 
     source = ModelSource(str(tmp_path), field="judge.path")
     with pytest.raises(UserError, match="^judge.path = "):
         meta_model(load_model_config(source), source)
+
+
+def test_a_configuration_with_infinity(tmp_path: Path) -> None:
+    """transformers 4 wrote one so, and Nemotron-H's and Mamba-2's are published so."""
+    tokenizer = byte_bpe_tokenizer()
+    folder, copied = tmp_path / "model", tmp_path / "copied"
+    build_model("llama", folder, tokenizer)
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"time_step_limit": [0.0, math.inf], "eos_token_id": 7, "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(content))
+    source = ModelSource(str(folder))
+    assert load_model_config(source).time_step_limit == [0.0, math.inf]
+    assert 7 in end_tokens(source, tokenizer)
+    check_weights(source)
+    copy_beside_weights(folder, copied, "MODEL")
+    name_dtype(copied, torch.bfloat16, "MODEL")
+    copied_config = AutoConfig.from_pretrained(copied)
+    assert copied_config.time_step_limit == [0.0, math.inf] and copied_config.dtype == torch.bfloat16
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
