@@ -166,7 +166,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
         if "bf16" in settings:
             raise UserError("deepspeed.bfloat16", None, "is given beside bf16, its other name", "keep bf16 alone")
         settings["bf16"] = settings.pop("bfloat16")
-    _check_zero(settings)
+    _check_zero(settings, world_size)
     monitor_settings(config)
     for name in MONITORS:
         settings.pop(name, None)  # the monitors get the run's curves, not the engine's
@@ -234,7 +234,7 @@ def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_zero(settings: dict[str, Any]) -> None:
+def _check_zero(settings: dict[str, Any], world_size: int) -> None:
     zero = settings.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         stage = zero.get("stage") if isinstance(zero, dict) else None
@@ -250,6 +250,10 @@ def _check_zero(settings: dict[str, Any]) -> None:
     if _mapping(zero, "offload_param", "deepspeed.zero_optimization.offload_param").get("device") == "nvme":
         field = "deepspeed.zero_optimization.offload_param.device"
         raise UserError(field, "nvme", "is not supported: weights on NVMe cannot be scored", "use cpu")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(size, int) and 1 < size < world_size and world_size % size:
+        field, remedy = "deepspeed.zero_optimization.zero_hpz_partition_size", "give the number of ranks on a node"
+        raise UserError(field, size, f"does not divide {world_size} ranks", remedy)
 
 
 EXPERT_PARALLEL = "deepspeed.expert_parallel"

@@ -355,6 +355,16 @@ def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
         resolve_deepspeed(config, 2, stage)
 
 
+@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (4, True), (6, False), (16, True)])
+def test_groups_of_hpz_divide_the_ranks(ranks: int, fits: bool) -> None:
+    config = tuning_config({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
+    if fits:
+        resolve_deepspeed(config, ranks)
+        return
+    with pytest.raises(UserError, match="zero_hpz_partition_size = 4: does not divide 6 ranks; give the number of"):
+        resolve_deepspeed(config, ranks)
+
+
 def tuning_config(deepspeed: dict) -> Config:
     tune = {"mask": "m", "data": {"path": "rows"}, "max_steps": 1, "lr": 1e-3, "batch_size": 1}
     return validate({**BASE, "tune": tune, "deepspeed": {"zero_optimization": {"stage": 3}, **deepspeed}})
