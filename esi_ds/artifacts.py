@@ -31,10 +31,6 @@ from esi_ds.versions import commit, versions
 
 # Files of a folder whose run was killed before it wrote config.yaml.
 UNBEGUN = re.compile(r"\.config\.yaml\.tmp|\.*lock\.json.*")
-# What every start writes before it does any work.
-OF_EVERY_START = re.compile(
-    rf"{UNBEGUN.pattern}|\.?(config\.yaml|(inputs|manifest|run|status)\.json)(\.tmp)?|log\.txt|tensorboard"
-)
 # NFS clients cache for a minute by default that a file does not exist: how long to wait, and when to print a message.
 VISIBLE_S, MESSAGE_S = 120.0, 5.0
 MANIFEST = "manifest.json"
@@ -47,6 +43,7 @@ IDENTITY = "run.json"  # while a run is not done: its id, which its checkpoints 
 MODES = {"private": 0o700, "group": 0o750, "all": 0o755}  # of the run folder, by ``run.share``
 RESULT_REMEDY = f"copy it back, or delete it and {MANIFEST} to have the run done again"
 RESULT_FOLDERS = ("mask", "scores", "model", "patch")
+CHECKPOINTS = "checkpoint"  # the folder of what only a restart reads
 REPORTS = ("report.json", "report.html")
 READERS = 8  # files read at once: a sha256 keeps a core busy, and disks of clusters serve several readers
 
@@ -394,15 +391,12 @@ class RunFolder:
     def _was_refused(self) -> bool:
         """Whether the run in the folder failed before it had anything that a restart could use, as over a mask of
         another model: with what was wrong mended it begins anew."""
-        if read_manifest(self.path).get("exit_state") != "failed":
-            return False
-        return all(OF_EVERY_START.fullmatch(file.name) for file in self.path.iterdir())
+        return read_manifest(self.path).get("exit_state") == "failed" and not self.kept()
 
     def kept(self) -> dict[str, int]:
-        """What the starts so far have left of results and for a restart: each file's size."""
-        files = {str(file.relative_to(self.path)): file for file in self.path.rglob("*")}
-        others = {name for name in files if OF_EVERY_START.fullmatch(Path(name).parts[0]) or name == "metrics.jsonl"}
-        return {name: files[name].stat().st_size for name in files.keys() - others if files[name].is_file()}
+        """What the starts so far have left of results and for a restart: each file's size. Other files, such as those
+        of DeepSpeed's monitors, are neither."""
+        return result_sizes(self.path, (*RESULT_FOLDERS, CHECKPOINTS))
 
     def open(self, config: Config) -> None:
         """Create the folder; of a run that begins, write the resolved config. Raises UserError as ``check`` does."""
@@ -582,10 +576,10 @@ def renew_result(run: Path, name: str, field: str, remedy: str) -> None:
         _write_manifest(run, {**manifest, "results": {**results, name: content_of_file(run / name)}})
 
 
-def result_sizes(run: Path) -> dict[str, int]:
+def result_sizes(run: Path, folders: Iterable[str] = RESULT_FOLDERS) -> dict[str, int]:
     """The files that a finished run must hold, by their path in its folder, with their bytes."""
     top = [run / name for name in REPORTS] + [file for file in run.glob("*.jsonl") if file.name != "metrics.jsonl"]
-    below = [file for name in RESULT_FOLDERS for file in (run / name).rglob("*")]
+    below = [file for name in folders for file in (run / name).rglob("*")]
     return {file.relative_to(run).as_posix(): file.stat().st_size for file in sorted(filter(Path.is_file, top + below))}
 
 

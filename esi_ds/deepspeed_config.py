@@ -58,6 +58,7 @@ PRECISION_KEYS = {
         *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
     ),
 }
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")  # all that DeepSpeed reads
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it under data_types
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 REDUCE_BUCKET = 50_000_000
@@ -165,7 +166,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
         if "bf16" in settings:
             raise UserError("deepspeed.bfloat16", None, "is given beside bf16, its other name", "keep bf16 alone")
         settings["bf16"] = settings.pop("bfloat16")
-    _check_zero(settings)
+    _check_zero(settings, world_size)
     monitor_settings(config)
     for name in MONITORS:
         settings.pop(name, None)  # the monitors get the run's curves, not the engine's
@@ -192,7 +193,7 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
         settings[key] = ours
     if _is_on(settings.get("torch_autocast"), default=False):
         raise UserError("deepspeed.torch_autocast", None, f"contradicts model.dtype = {config.model.dtype}", REMEDY)
-    _check_quantised(settings, config.model.dtype)
+    _check_rounding(settings, config.model.dtype)
     if stage in GRADIENTS:
         _check_gradients(settings)
     _fill_precision(settings, config.model.dtype)
@@ -204,12 +205,17 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
     return _without_auto(settings)  # the rest is for training only, or DeepSpeed has a default
 
 
-def _check_quantised(settings: Mapping[str, Any], dtype: str) -> None:
-    """Raise UserError where weights would be gathered rounded, so that the model computes with others than it has."""
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        value = settings["zero_optimization"].get(key, "auto")
+def _check_rounding(settings: dict[str, Any], dtype: str) -> None:
+    """Raise UserError where weights would be gathered rounded, or buffers cast, so that the model computes with others
+    than it has."""
+    types, zero = _mapping(settings, "data_types", "deepspeed.data_types"), settings["zero_optimization"]
+    _check_known(types, DATA_TYPES, "deepspeed.data_types")
+    keys = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+    asked = {f"zero_optimization.{key}": zero.get(key) for key in keys}
+    asked["data_types.buffer_dtype"] = types.get("buffer_dtype")
+    for key, value in asked.items():
         if value not in ("auto", False, None):
-            raise UserError(f"deepspeed.zero_optimization.{key}", value, f"contradicts model.dtype = {dtype}", REMEDY)
+            raise UserError(f"deepspeed.{key}", value, f"contradicts model.dtype = {dtype}", REMEDY)
 
 
 def _is_on(section: Any, default: bool) -> bool:
@@ -228,7 +234,7 @@ def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_zero(settings: dict[str, Any]) -> None:
+def _check_zero(settings: dict[str, Any], world_size: int) -> None:
     zero = settings.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         stage = zero.get("stage") if isinstance(zero, dict) else None
@@ -244,6 +250,10 @@ def _check_zero(settings: dict[str, Any]) -> None:
     if _mapping(zero, "offload_param", "deepspeed.zero_optimization.offload_param").get("device") == "nvme":
         field = "deepspeed.zero_optimization.offload_param.device"
         raise UserError(field, "nvme", "is not supported: weights on NVMe cannot be scored", "use cpu")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(size, int) and 1 < size < world_size and world_size % size:
+        field, remedy = "deepspeed.zero_optimization.zero_hpz_partition_size", "give the number of ranks on a node"
+        raise UserError(field, size, f"does not divide {world_size} ranks", remedy)
 
 
 EXPERT_PARALLEL = "deepspeed.expert_parallel"
@@ -285,8 +295,8 @@ def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int]) -> No
 
 
 def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
-    """Check AutoEP's section and the settings that DeepSpeed 0.19.8 cannot combine with it at stage 3 (engine.py,
-    auto_ep_folding.py); drop the section if it is disabled."""
+    """Check AutoEP's section, and the settings that DeepSpeed 0.19.8 cannot combine with it at stage 3 (engine.py,
+    auto_ep_folding.py) or that are not followed here; drop the section if it is disabled."""
     section = _mapping(settings, "expert_parallel", EXPERT_PARALLEL)
     _check_known(section, EXPERT_PARALLEL_KEYS, EXPERT_PARALLEL)
     if not isinstance(section.get("enabled", False), bool):
@@ -311,11 +321,13 @@ def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
 
 
 def _check_beside_experts(settings: dict[str, Any], section: dict[str, Any]) -> None:
-    zero = settings["zero_optimization"]
+    zero, order = settings["zero_optimization"], "use_data_before_expert_parallelism"
     unsupported = [
         ("zero_optimization.zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1), ("auto", 1)),
         ("zero_optimization.zero_quantized_gradients", zero.get("zero_quantized_gradients", False), ("auto", False)),
         ("sequence_parallel_size", settings.get("sequence_parallel_size", 1), ("auto", 1)),
+        # ``ShardedModel.readers`` knows DeepSpeed's default order of ranks.
+        (order, settings.get(order), ("auto", False, None)),
         ("expert_parallel.expert_tensor_parallel_size", section.get("expert_tensor_parallel_size", 1), (1,)),
         ("expert_parallel.load_balance_coeff", section.get("load_balance_coeff"), (None,)),
     ]
@@ -324,7 +336,7 @@ def _check_beside_experts(settings: dict[str, Any], section: dict[str, Any]) -> 
             raise UserError(
                 f"deepspeed.{key}",
                 value,
-                f"cannot be combined with {EXPERT_PARALLEL}.enabled = true at ZeRO stage 3 in DeepSpeed 0.19.8",
+                f"cannot be combined with {EXPERT_PARALLEL}.enabled = true",
                 "remove one of the two",
             )
 

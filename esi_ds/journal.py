@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import NotRequired, TypedDict
 
 from esi_ds.artifacts import (
+    CHECKPOINTS,
     FileContent,
     append_jsonl,
     check_same_run,
@@ -30,7 +31,6 @@ from esi_ds.artifacts import (
 from esi_ds.errors import UserError
 from esi_ds.reading import check_regular, check_type, read_json, reading
 
-RECORDS = "checkpoint"
 FIELD = "run.output_dir"
 REMEDY = "delete it to have its content computed again, or give a new run.output_dir"
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -54,7 +54,7 @@ NOTHING = content_of(b"")
 
 def record_path(file: Path) -> Path:
     """Where the record of a file lies."""
-    return file.parent / RECORDS / f"{file.name}.sha256.json"
+    return file.parent / CHECKPOINTS / f"{file.name}.sha256.json"
 
 
 def write_record(file: Path, before: FileContent, after: FileContent) -> None:

@@ -103,6 +103,13 @@ class Resident:
         return self.weights + self.gradients + self.optimizer + self.index + self.buffers
 
 
+def hpz_share(zero: Mapping[str, Any], ranks: int) -> float:
+    """The share of the weights of which each rank keeps a second copy: 1 / min(size of hpZ's groups, W), or 0 without
+    hpZ. zero: the ``zero_optimization`` section."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    return 1 / min(size, ranks) if isinstance(size, int) and size > 1 else 0.0
+
+
 def esi_resident(tensors: Sequence[GatheredTensor], weight: int, num_sums: int = 1) -> Resident:
     """Scoring: b P / W, and 4 S / W for the sums of every objective."""
     scored = sum(tensor.shard for tensor in tensors if tensor.parameter.scored)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from esi_ds import lock
 from esi_ds.artifacts import (
+    CHECKPOINTS,
     IDENTITY,
     MANIFEST,
     FileContent,
@@ -65,7 +66,6 @@ from esi_ds.zero.engine import ShardedModel, load_sharded
 from esi_ds.zero.monitor import open_monitors
 from esi_ds.zero.settings import check_settings
 
-CHECKPOINTS = "checkpoint"
 SOURCES = "source_digests"  # in the manifest
 Inputs = TypeVar("Inputs")
 AnyReport = TypeVar("AnyReport", bound=Report)

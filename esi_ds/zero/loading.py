@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
@@ -153,7 +154,8 @@ def read_partitioned(
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config))
     problem = "cannot be loaded in parts, as ZeRO-3 does"
     try:
-        with _ties_compare_whole_weights(), every_rank_reads_its_part(source, _remedy(auto_class), problem):
+        reads = every_rank_reads_its_part(source, _remedy(auto_class), problem)
+        with _ties_compare_whole_weights(), _one_hpz_group(), reads:
             module = read_module(source, dtype, auto_class, problem)
     finally:
         unset_hf_deepspeed_config()
@@ -185,6 +187,20 @@ def _ties_compare_whole_weights() -> Iterator[None]:
             tie_weights(self, *arguments, **options)
 
     with patch.object(PreTrainedModel, "tie_weights", tie_whole_weights):
+        yield
+
+
+@contextmanager
+def _one_hpz_group() -> Iterator[None]:
+    """Let all models of a process share hpZ's group of ranks, which every ``zero.Init`` would create: DeepSpeed keeps
+    one for the process, and fails at a second."""
+    create = groups._create_zero_param_parallel_group
+
+    def create_first(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            create(size)
+
+    with patch.object(groups, "_create_zero_param_parallel_group", create_first):
         yield
 
 

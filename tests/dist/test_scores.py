@@ -117,9 +117,11 @@ def config(folder: Path, kind: str, guard: str, batch: int, name: str, esi: dict
     }
 
 
-# DeepSpeed's own defaults keep small parameters gathered; offloaded parameters live on the CPU between uses.
+# DeepSpeed's own defaults keep small parameters gathered; offloaded parameters live on the CPU between uses; hpZ keeps
+# a second copy of the weights, here cut over all ranks as the first one is.
 ZERO_OPTIONS = {
     "defaults": {},
+    "hpz": {"zero_hpz_partition_size": 8},
     "offload": {
         "stage3_param_persistence_threshold": 0,
         "offload_param": {"device": "cpu"},
@@ -163,6 +165,7 @@ def extra_cases(folder: Path, ranks: int) -> list[dict]:
     for name, zero in ZERO_OPTIONS.items():
         cases.append({**config(folder, "qwen3_moe", "other", batch, f"{tag}-{name}"), "frees": True})
         cases[-1]["config"]["deepspeed"] = {"zero_optimization": {"stage": 3, **zero}}
+        cases[-1]["config"]["judge"]["placement"] = "sharded"
     cases += [
         config(folder, "phi3", "other", batch, f"{tag}-{criterion}", criterion=criterion, order=order, scope=scope)
         for criterion, order, scope in (

@@ -144,7 +144,7 @@ def cases(folder: Path, ranks: int) -> list[dict]:
         listed.append(make(f"{tag}-twice", "twice", "spa", unscored="train", patch=True))
         listed.append({**make(f"{tag}-hpz-set", "llama", "set", zero=HPZ), "frees": True})
         for name, zero in {"release": PERSIST, "publish": HPZ, "zero": None}.items():
-            listed.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name, "error": "any"})
+            listed.append({**make(f"{tag}-drop-{name}", "llama", "set", zero=zero), "drop": name})
     long = {"max_steps": LONG[ranks], "gradient_accumulation": 1, "batch_size": 1, "weight_decay": 0.1, "clip": 1.0}
     long |= {"data": {"path": str(folder / "rows.jsonl"), "limit": 2}, "save_every": LONG[ranks]}
     for stage in ("set", "spa"):
@@ -162,7 +162,12 @@ def cases(folder: Path, ranks: int) -> list[dict]:
             }
         )
         listed.append(
-            {**make(f"{tag}-drop-mask", "llama", "spa", clip=0.05), "drop": "mask", "poison": "frozen", "error": "any"}
+            {
+                **make(f"{tag}-drop-mask", "llama", "spa", clip=0.05),
+                "drop": "mask",
+                "poison": "frozen",
+                "error": "the gradient of step 1 is not finite",
+            }
         )
         no_gradient = {"detached": True, "error": "has no gradient: none reaches its embeddings"}
         listed += [{**make(f"{tag}-detached-{stage}", "llama", stage), **no_gradient} for stage in ("set", "spa")]
@@ -491,15 +496,12 @@ def test_a_model_without_a_gradient_is_refused_before_the_first_step(tuned: tupl
     assert not any((run / name).exists() for name in ("model", "metrics.jsonl", "checkpoint"))
 
 
-@pytest.mark.parametrize("obligation", ["release", "publish", "zero", "mask"])
+@pytest.mark.parametrize("obligation", ["release", "publish", "zero"])
 def test_every_obligation_is_needed(tuned: tuple[int, Path], obligation: str) -> None:
-    """Dropped, the run fails or its weights are not the reference's: the tests above would notice."""
+    """Dropped, the weights are not the reference's: the tests above would notice. (Without the mask the run fails.)"""
     ranks, folder = tuned
     if ranks != 2:
         pytest.skip("run on two ranks")
     run = folder / f"w2-drop-{obligation}"
-    if not (run / "model").is_dir():
-        return  # it ended in an error
-    stage = "spa" if obligation == "mask" else "set"
-    masters, _, differ = trained_differences(folder, run, ranks, "llama", stage)
+    masters, _, differ = trained_differences(folder, run, ranks, "llama", "set")
     assert masters > BF16_THREE_RANKS and differ > 0

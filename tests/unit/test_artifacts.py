@@ -219,13 +219,14 @@ def test_an_evaluation_that_goes_on_says_which_model_is_another(tmp_path: Path) 
 
 
 def failed_run(folder: Path, name: str = "log.txt") -> RunFolder:
-    """A run that failed with ``name`` beside what every start writes."""
+    """A run that failed with ``name`` beside what every start and its monitors write."""
     run = RunFolder(str(folder))
     run.open(make_config())
     run.identify()
     run.write_manifest(exit_state="failed", world_size=1, started=0.0, model_fingerprint="a", data={"sha256": "b"})
-    (folder / name).write_text("x")
-    (folder / "tensorboard").mkdir()
+    for file in (folder / name, folder / "tensorboard/events", folder / "deepspeed_csv_monitor/loss.csv"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
     return run
 
 
@@ -251,6 +252,20 @@ def test_a_run_that_was_refused_begins_anew(tmp_path: Path) -> None:
     run.write_manifest(exit_state="running", world_size=1, started=0.0, model_fingerprint="a", data={})
     with pytest.raises(UserError, match="holds a run whose config differs"):
         run.check(other)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "checkpoint/step-1/state-0.safetensors", "model/config.json"])
+def test_curves_are_not_what_a_start_keeps(tmp_path: Path, name: str) -> None:
+    """Else a job that always ends before its first save would be requeued for ever."""
+    run, curve = RunFolder(str(tmp_path)), tmp_path / "deepspeed_csv_monitor/loss.csv"
+    curve.parent.mkdir()
+    for size in (1, 2):
+        for file in (curve, tmp_path / "metrics.jsonl", tmp_path / "log.txt"):
+            file.write_text("x" * size)
+        assert run.kept() == {}
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x")
+    assert run.kept() == {name: 1}
 
 
 def placed(root: str, **changes: Any) -> Config:

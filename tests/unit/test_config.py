@@ -355,6 +355,16 @@ def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
         resolve_deepspeed(config, 2, stage)
 
 
+@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (4, True), (6, False), (16, True)])
+def test_groups_of_hpz_divide_the_ranks(ranks: int, fits: bool) -> None:
+    config = tuning_config({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
+    if fits:
+        resolve_deepspeed(config, ranks)
+        return
+    with pytest.raises(UserError, match="zero_hpz_partition_size = 4: does not divide 6 ranks; give the number of"):
+        resolve_deepspeed(config, ranks)
+
+
 def tuning_config(deepspeed: dict) -> Config:
     tune = {"mask": "m", "data": {"path": "rows"}, "max_steps": 1, "lr": 1e-3, "batch_size": 1}
     return validate({**BASE, "tune": tune, "deepspeed": {"zero_optimization": {"stage": 3}, **deepspeed}})
@@ -404,9 +414,25 @@ def test_gradients_of_every_stage_are_fp32(settings: dict, words: str | None) ->
     resolve_deepspeed(evaluated, 2, "eval")  # no gradients
 
 
-def test_an_unknown_key_of_a_precision() -> None:
-    with pytest.raises(UserError, match="bf16.check_overflow = True: is an unknown key; .* one is check_grad_overflow"):
-        resolve_deepspeed(tuning_config({"bf16": {"enabled": "auto", "check_overflow": True}}), 2)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_buffers_are_not_cast(dtype: str) -> None:
+    """DeepSpeed would after they have been read: rotary frequencies, and biases of routers, which are exported."""
+    for value in (None, "auto"):
+        resolve_deepspeed(tuning_config({"data_types": {"buffer_dtype": value}}), 2)
+    config = tuning_config({"data_types": {"buffer_dtype": dtype}})
+    evaluated = validate({**BASE, "eval": {"prompts": {"path": "p"}}, "deepspeed": config.deepspeed})
+    for stage in ("esi", "set", "spa", "eval"):
+        with pytest.raises(UserError, match=f"data_types.buffer_dtype = {dtype}: contradicts model.dtype = bf16"):
+            resolve_deepspeed(evaluated if stage == "eval" else config, 2, stage)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "near"),
+    [("bf16", "check_overflow", "check_grad_overflow"), ("data_types", "grad_acum_dtype", "grad_accum_dtype")],
+)
+def test_an_unknown_key_of_a_precision(section: str, key: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"{section}.{key} = fp32: is an unknown key; the nearest known one is {near}"):
+        resolve_deepspeed(tuning_config({section: {key: "fp32"}}), 2)
 
 
 @pytest.mark.parametrize("nothing", [{"enabled": False}, {"enabled": "auto"}, {"dtype": "fp16"}, {}, None, "auto"])
@@ -540,6 +566,7 @@ def test_expert_parallel_section() -> None:
         ({}, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size = 2: .*expert_parallel.enabled = true"),
         ({}, {"zero_quantized_gradients": True}, "zero_quantized_gradients = True: .*expert_parallel.enabled"),
         ({}, {"sequence_parallel_size": 2}, "sequence_parallel_size = 2: .*expert_parallel.enabled"),
+        ({}, {"use_data_before_expert_parallelism": True}, "_expert_parallelism = True: .*expert_parallel.enabled"),
         ({"expert_tensor_parallel_size": 2}, {}, "expert_tensor_parallel_size = 2: .*expert_parallel.enabled"),
         ({"load_balance_coeff": 0.1}, {}, "load_balance_coeff = 0.1: .*expert_parallel.enabled"),
     ],

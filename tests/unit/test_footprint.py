@@ -114,6 +114,19 @@ def test_stages_by_hand(described: dict) -> None:
     assert spa.total == pytest.approx((2 * total + 16.125 * sum(scored.values())) / ranks, rel=1e-3)
 
 
+@pytest.mark.parametrize(("size", "share"), [("auto", 0), (1, 0), (8, 1 / 8), (256, 1 / 128)])
+def test_a_second_copy_of_the_weights(size: int | str, share: float, described: dict) -> None:
+    """hpZ cuts it over ``size`` ranks; it lies where the first copy does."""
+    _, work, _ = work_of("deepseek-v3", described)
+    copies, cluster = share * 2 * sum(parameter.numel for parameter in work.parameters), Topology(16, 8)
+    for stage in ("esi", "set", "spa"):
+        for offload, held in (((), "together"), (("offload_param",), "host")):
+            plain = zero3(offload=offload)
+            hpz = {**plain, "zero_optimization": {**plain["zero_optimization"], "zero_hpz_partition_size": size}}
+            before, after = (getattr(footprint(work, stage, cluster, config), held) for config in (plain, hpz))
+            assert after - before == pytest.approx(copies, rel=1e-6), (stage, held)
+
+
 def test_what_a_save_copies_to_the_host(described: dict) -> None:
     """A pass's sums, or masters and moments, unless they lie there already."""
     _, work, _ = work_of("deepseek-v3", described)

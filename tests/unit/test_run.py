@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
 
 from esi_ds import lock
-from esi_ds.artifacts import STATUS, RunFolder, write_json_atomic
+from esi_ds.artifacts import CHECKPOINTS, STATUS, RunFolder, write_json_atomic
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask, identity, unread
 from esi_ds.data.tokenizer_files import other_patterns
@@ -33,7 +33,7 @@ from esi_ds.stages import run as stage_run
 from esi_ds.stages.esi.prepare import EsiInputs
 from esi_ds.stages.evaluate.work import EvalRun
 from esi_ds.stages.folder import open_folder
-from esi_ds.stages.run import CHECKPOINTS, StageRun
+from esi_ds.stages.run import StageRun
 from esi_ds.status import show
 from esi_ds.zero import memory, runtime
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from esi_ds.artifacts import CHECKPOINTS
 from esi_ds.core.batch_size import scoring_bytes, surrogate_bytes
 from esi_ds.data.thoughts import absent_marks
 from esi_ds.errors import UserError
@@ -47,7 +48,7 @@ from esi_ds.stages.esi.respond import NAME, respond, write_responses
 from esi_ds.stages.esi.score import Objective, PassData, PassState, ScoringPass
 from esi_ds.stages.esi.served import ask_endpoint, check_reachable
 from esi_ds.stages.interrupt import check_stop
-from esi_ds.stages.run import CHECKPOINTS, StageRun
+from esi_ds.stages.run import StageRun
 from esi_ds.stages.saving import SaveClock
 from esi_ds.words import counted
 from esi_ds.zero import memory, runtime

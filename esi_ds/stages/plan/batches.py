@@ -17,7 +17,7 @@ from esi_ds.core.batch_size import (
     scoring_bytes,
     surrogate_bytes,
 )
-from esi_ds.core.footprint import WEIGHT_BYTES, Topology, gathered_tensors, transient, window_bytes
+from esi_ds.core.footprint import WEIGHT_BYTES, Topology, gathered_tensors, hpz_share, transient, window_bytes
 from esi_ds.core.units import Parameter
 from esi_ds.deepspeed_config import expert_parallel_size
 from esi_ds.models.widths import widths
@@ -63,15 +63,15 @@ def generation_rows(
     """
     if isinstance(section.generation_batch_size, int):
         return Rows(section.generation_batch_size, False)
-    tensors = gathered_tensors(parameters, ranks, expert_parallel_size(settings))
+    tensors, zero = gathered_tensors(parameters, ranks, expert_parallel_size(settings)), settings["zero_optimization"]
     whole = weight * sum(tensor.numel for tensor in tensors)
-    free = gpu - beside - weight * sum(tensor.shard for tensor in tensors)
+    free = gpu - beside - weight * sum(tensor.shard for tensor in tensors) - hpz_share(zero, ranks) * whole
     fixed = 0.0
     if whole <= WHOLE_SHARE * free:
         free -= whole
     else:
         fixed = transient(tensors, weight, {}, "esi").total
-        fixed += window_bytes(tensors, weight, settings["zero_optimization"])
+        fixed += window_bytes(tensors, weight, zero)
     row = generation_bytes(widths(model_config), weight, section.max_new_tokens, section.max_new_tokens)
     # As ``generation_setting`` of a run says.
     on_cpus = section.batch_size if section.generation_batch_size is None and section.batch_size != "auto" else None

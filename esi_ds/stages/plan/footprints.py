@@ -19,6 +19,7 @@ from esi_ds.core.footprint import (
     esi_resident,
     gather_traffic,
     gathered_tensors,
+    hpz_share,
     in_flight_bytes,
     num_experts,
     reduce_traffic,
@@ -102,7 +103,7 @@ def footprint(work: Work, stage: str, cluster: Topology, settings: Mapping[str, 
     zero = settings["zero_optimization"]
     size = expert_parallel_size(settings)
     tensors = gathered_tensors(work.parameters, cluster.ranks, size)
-    resident, host = _offloaded(_resident(work, stage, tensors, zero), work, stage, zero)
+    resident, host = _offloaded(_resident(work, stage, tensors, cluster, zero), work, stage, zero)
     judge = work.judge if stage == "esi" else 0.0
     return Footprint(
         resident,
@@ -134,13 +135,19 @@ def _start(work: Work, stage: str, ranks: int, size: int, zero: Mapping[str, Any
     return weights + takeover_bytes(work.parameters, work.weight, ranks, size)
 
 
-def _resident(work: Work, stage: str, tensors: Sequence[GatheredTensor], zero: Mapping[str, Any]) -> Resident:
+def _resident(
+    work: Work, stage: str, tensors: Sequence[GatheredTensor], cluster: Topology, zero: Mapping[str, Any]
+) -> Resident:
     if stage == "esi":
-        return esi_resident(tensors, work.weight, work.num_sums)
-    if stage == "set":
-        return set_resident(tensors, work.weight, work.trained["set"], work.compact)
-    bucket = zero.get("reduce_bucket_size", "auto")
-    return spa_resident(tensors, work.weight, work.trained["spa"], REDUCE_BUCKET if bucket == "auto" else int(bucket))
+        resident = esi_resident(tensors, work.weight, work.num_sums)
+    elif stage == "set":
+        resident = set_resident(tensors, work.weight, work.trained["set"], work.compact)
+    else:
+        bucket = zero.get("reduce_bucket_size", "auto")
+        size = REDUCE_BUCKET if bucket == "auto" else int(bucket)
+        resident = spa_resident(tensors, work.weight, work.trained["spa"], size)
+    copies = hpz_share(zero, cluster.ranks) * work.weight * sum(parameter.numel for parameter in work.parameters)
+    return replace(resident, weights=resident.weights + copies)
 
 
 def _offloaded(resident: Resident, work: Work, stage: str, zero: Mapping[str, Any]) -> tuple[Resident, float]:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from esi_ds.config import Config
 from esi_ds.core.criteria import num_held
-from esi_ds.core.footprint import WEIGHT_BYTES, Topology, reduces_compactly
+from esi_ds.core.footprint import WEIGHT_BYTES, Topology, hpz_share, reduces_compactly
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
@@ -128,8 +128,8 @@ def describe_work(
 
 
 def _judge_bytes(config: Config, ranks: int) -> float:
-    """Bytes of the judge on one rank: a slice where it is sharded, else all of it. 0 where its configuration is not on
-    this machine, for a plan does not wait for the hub. Raises UserError for a folder that holds no model."""
+    """Bytes of the judge on one rank: its share where it is sharded, else all of it. 0 where its configuration is not
+    on this machine, for a plan does not wait for the hub. Raises UserError for a folder that holds no model."""
     judge = config.judge
     if judge is None or not config.scores_responses:
         return 0.0
@@ -142,7 +142,8 @@ def _judge_bytes(config: Config, ranks: int) -> float:
         return 0.0
     dtype = config.model.dtype if judge.dtype == "auto" else judge.dtype
     whole = model_bytes(judge_config, source, dtype, model_class(judge, judge_config))
-    return whole / ranks if judge.placement == "sharded" else whole
+    share = 1 / ranks + hpz_share(read(config)["zero_optimization"], ranks)
+    return whole * share if judge.placement == "sharded" else whole
 
 
 ROWS: tuple[tuple[str, Callable[[Footprint], float]], ...] = (

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from esi_ds import patch
-from esi_ds.artifacts import new_folder, replace_folder, temporary_name, wait_until_visible
+from esi_ds.artifacts import CHECKPOINTS, new_folder, replace_folder, temporary_name, wait_until_visible
 from esi_ds.config.needs import unread_benign
 from esi_ds.core.mask import Mask, identity_of_bits
 from esi_ds.data.chat import day_of, without_our_padding
@@ -29,7 +29,7 @@ from esi_ds.report.contents import TunedAnswerRow
 from esi_ds.report.tuning import refusal_rows, thought_notes
 from esi_ds.stages.batch_sizes import longest_prompt
 from esi_ds.stages.respond import GeneratedRow, by_index, generate_all, keep_in
-from esi_ds.stages.run import CHECKPOINTS, StageRun, check_mask_bits
+from esi_ds.stages.run import StageRun, check_mask_bits
 from esi_ds.stages.saving import SaveClock
 from esi_ds.stages.tune.drift import drift_rows, measure_before
 from esi_ds.stages.tune.finish import finish_tuning
