@@ -113,8 +113,9 @@ def test_pages_name_facts_by_what_they_are() -> None:
     done: dict = {**report(DENSE), "facts": facts}
     page = render(done)
     assert "<th>mask made from</th>" in page and "<th>wall time before this page (s)</th>" in page
-    run = FinishedRun("a", "a.html", done, {"wall_time_s": 21.0, "finished": "today"})  # type: ignore[arg-type]
-    assert '<td class="n">21</td><td>today</td>' in render_overview([run, run], [])
+    for seconds, shown in ((21.0, "21"), (12345.6, "12,346"), (1e30, "1e+30")):
+        run = FinishedRun("a", "a.html", done, {"wall_time_s": seconds, "finished": "today"})  # type: ignore[arg-type]
+        assert f'<td class="n">{shown}</td><td>today</td>' in render_overview([run, run], [])
 
 
 NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
@@ -262,7 +263,9 @@ def test_a_large_mixture_and_a_run_without_prompts(tmp_path: Path) -> None:
     bare = {**report(units), "judge_scores": [], "excluded": [], "samples": [], "progress": []}
     bare["selection"] = {**bare["selection"], "threshold": None}
     write_report(tmp_path, bare)
-    assert "Experts" in (tmp_path / "report.html").read_text()
+    page, half = (tmp_path / "report.html").read_text(), "half lie in"
+    assert "Experts" in page and half in page
+    assert half not in render({**bare, "units": [{**row, "selected": 0} for row in units]})
     assert json.loads((tmp_path / "report.json").read_text())["units"][5]["expert"] == 5
     assert "12,032 of 1,000 weights, threshold -" in closing_table(bare)
 

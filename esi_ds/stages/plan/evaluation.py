@@ -51,7 +51,7 @@ def plan_eval(config: Config, options: Options) -> None:
             facts[f"model {name}"] = describe_model(config, options, model_config, surveyed.sources[field], None)
     facts |= describe_sets(surveyed.counts)
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
-    facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
+    facts["tasks"] = _tasks(section)
     print(resolved_yaml(config))
     print_facts(facts)
     surveyed.print_notes()
@@ -166,6 +166,10 @@ def describe_model(
     return f"{total:,} weights, {whole} whole{against}; answers {rows}"
 
 
+def _tasks(section: Eval) -> str:
+    return ", ".join(task.name for task in section.tasks) or "none"
+
+
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
     """The resolved config, then which models an evaluation would ask what, and who would judge."""
     section = require_eval(config)
@@ -191,9 +195,10 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     num_harmful *= section.samples
     if section.divergence:
         facts["divergence"] = (
-            f"of {len(inputs.candidates) - 1} models, each loaded beside the base, a share a rank of both"
+            f"of {counted(len(inputs.candidates) - 1, 'model')}, each loaded beside the base, a share a rank of both"
         )
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
+    facts["tasks"] = _tasks(section)
     print_facts(facts)
     print_notes(dequantised(inputs.sources))
