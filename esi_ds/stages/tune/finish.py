@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from esi_ds.artifacts import read_metrics
 from esi_ds.data.thoughts import marks_with
 from esi_ds.patch import PatchSummary
@@ -66,7 +64,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "dtype": config.model.dtype,
         **run.asked,
         "ranks": runtime.world_size(),
-        "wall time (s)": round(time.time() - run.started, 1),
+        "wall time (s)": round(run.wall_time_s, 1),
         "seed": config.run.seed,
         **run.remarks,
         "fingerprint": run.fingerprint,
