@@ -13,6 +13,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import start_later
 
 from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
@@ -378,9 +379,12 @@ def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> Non
     assert f"| j | k | {agreed['num_pairs']} | {agreed['kappa']:.2f} |" in shown
 
 
-def test_rates_of_a_run_that_is_done_once_more_are_there_once(report: dict, tmp_path: Path) -> None:
+def test_rates_of_a_run_that_is_done_once_more_are_there_once(
+    report: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its manifest was deleted. Curves of progress, and what is beside the metrics, too."""
-    for _ in range(2):
+    for number in range(2):
+        start_later(number, monkeypatch)
         with Tracker(tmp_path, enabled=True, tensorboard=True, stage="perturb") as tracker:
             tracker.points(3, {"progress/answers": 50.0})
             publish_rates(tracker, report["measures"])
