@@ -280,9 +280,9 @@ class Manifest(TypedDict):
     world_size: int  # number of ranks
     model_fingerprint: str | None  # of the model's structure and weights; None before it is known
     data_hashes: dict[str, Any]  # sha256 by input
-    started: str  # ISO 8601, UTC
+    started: str  # of the last start; ISO 8601, UTC
     finished: str | None  # ISO 8601, UTC; None while running
-    wall_time_s: float  # of this process, not of those it resumed
+    wall_time_s: float  # of all starts; of one that was killed, until it last wrote this file
     versions: dict[str, str]  # of Python and of packages, by name
     commit: str | None  # of the checkout; None for an installed package
 
@@ -463,13 +463,14 @@ class RunFolder:
         exit_state: str,
         world_size: int,
         started: float,
+        earlier_s: float = 0.0,
         model_fingerprint: str | None,
         data: dict[str, Any],
         notes: dict[str, Any] | None = None,
         results: Mapping[str, FileContent] | None = None,
     ) -> None:
-        """Write ``manifest.json``. started: seconds since the epoch; notes: what the stage records besides. results: of
-        a run that is done, the files that it must hold; None: they are read here."""
+        """Write ``manifest.json``. started: seconds since the epoch; earlier_s: of the starts before; notes: what the
+        stage records besides. results: of a run that is done, the files that it must hold; None: they are read here."""
         now = time.time()
         manifest: Manifest = {
             "exit_state": exit_state,
@@ -478,7 +479,7 @@ class RunFolder:
             "data_hashes": data,
             "started": utc(started),
             "finished": None if exit_state == "running" else utc(now),
-            "wall_time_s": round(now - started, 3),
+            "wall_time_s": round(earlier_s + now - started, 3),
             "versions": versions(),
             "commit": commit(),
         }

@@ -140,6 +140,9 @@ def monitor_settings(config: Config, run: str = "") -> dict[str, dict[str, Any]]
             if "output_path" in section:
                 files["job_name"] = f"{files['job_name']}/{Path(config.run.output_dir).name}-{run[:ID_DIGITS]}"
             section = files
+        elif name == "comet":
+            # Else Comet gets a point each 100 steps: DeepSpeed counts samples, these curves count steps and answers.
+            section = {"samples_log_interval": 0, **section}
         monitors[name] = section
     return monitors
 

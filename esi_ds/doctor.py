@@ -36,6 +36,7 @@ EXTRAS = {  # extra → (a module of it, what it is for)
 # What to do where a library that a check needs is missing or broken.
 REINSTALL = "install the package that fails again: pip install --force-reinstall NAME"
 REINSTALL_TORCH = "install PyTorch again, as pytorch.org says for this machine"
+NO_KERNELS = "if another process holds it (nvidia-smi), end that; else install a PyTorch with kernels for it"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ def _without_gpu() -> Finding:
     if hidden in ("", "-1"):
         remedy = "unset it, or name the GPUs that PyTorch may use"
         return Finding("note", "accelerator", f"CUDA_VISIBLE_DEVICES is {hidden or 'empty'}: no GPU is shown", remedy)
-    if _listed_gpus():
+    if listing := _listed_gpus():
+        if hidden and torch.version.cuda is not None and not _names_one(hidden, listing):
+            remedy = "unset it, or name GPUs that nvidia-smi -L lists"
+            return Finding("wrong", "accelerator", f"CUDA_VISIBLE_DEVICES is {hidden}: no GPU of this host", remedy)
         reason = "PyTorch is a build for CPUs" if torch.version.cuda is None else "its driver does not answer"
         remedy = f"PyTorch {torch.__version__} sees none; install a build for its CUDA (pytorch.org), or a GPU driver"
         return Finding("wrong", "accelerator", f"there is an NVIDIA GPU, but {reason}", remedy)
@@ -116,28 +120,48 @@ def _without_gpu() -> Finding:
     return Finding("note", "accelerator", fact, f"stages run on the CPU with gloo: correct, but slow{emulated}")
 
 
-def _listed_gpus() -> int:
-    """How many GPUs nvidia-smi lists; 0 where it is not there, or its driver does not answer."""
+def _listed_gpus() -> str:
+    """What nvidia-smi lists, GPUs and their slices; empty without a GPU, without the program, or if its driver does not
+    answer."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
+        return ""
+    return listing if listing.startswith("GPU ") else ""
+
+
+def _names_one(visible: str, listing: str) -> bool:
+    """Whether the first GPU of CUDA_VISIBLE_DEVICES is among those listed: CUDA shows none behind one that is not."""
+    first = visible.split(",")[0].strip()
+    if first.isdecimal():
+        return int(first) < sum(line.startswith("GPU ") for line in listing.splitlines())
+    return first in listing
 
 
 def _gpus() -> Iterator[Finding]:
     import torch
 
     for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
-        fact = f"GPU {number}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-        if free < 0.9 * total:
-            yield Finding("note", "accelerator", fact, "another process uses it: see nvidia-smi")
-        elif capability < (8, 0):
-            yield Finding("note", "accelerator", fact, "it does not compute bf16: model.dtype: auto takes fp32")
-        else:
-            yield Finding("ok", "accelerator", fact)
+        try:
+            finding = _gpu(number)
+        except Exception as error:  # PyTorch has several for CUDA's errors; the other GPUs may be sound
+            finding = Finding("wrong", "accelerator", f"GPU {number}: {_said(error)}", NO_KERNELS)
+        yield finding
+
+
+def _gpu(number: int) -> Finding:
+    """Memory and kind of one GPU, which has to add two numbers."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(number)
+    (torch.ones(1, device=f"cuda:{number}") + 1).item()
+    name, capability = torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number)
+    fact = f"GPU {number}: {name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if free < 0.9 * total:
+        return Finding("note", "accelerator", fact, "another process uses it: see nvidia-smi")
+    if capability < (8, 0):
+        return Finding("note", "accelerator", fact, "it does not compute bf16: model.dtype: auto takes fp32")
+    return Finding("ok", "accelerator", fact)
 
 
 def _nccl() -> Finding:
@@ -152,16 +176,6 @@ def _nccl() -> Finding:
             return Finding("wrong", "NCCL", "PyTorch was built without it", "install a build of PyTorch with NCCL")
         return Finding("note", "NCCL", "not in this build of PyTorch", "gloo is used")
     return Finding("ok", "NCCL", version) if has_gpu else Finding("note", "NCCL", version, "unused without a GPU")
-
-
-def compiler() -> Iterator[Finding]:
-    """What DeepSpeed compiles at the first use: Adam on the host, for offload_optimizer."""
-    missing = [program for program in ("c++", "ninja") if shutil.which(program) is None]
-    if missing:
-        remedy = f"offload_optimizer compiles DeepSpeed's CPU Adam: install {' and '.join(missing)}"
-        yield Finding("note", "compiler", f"no {', no '.join(missing)}", remedy)
-    else:
-        yield Finding("ok", "compiler", "c++ and ninja: offload_optimizer can compile DeepSpeed's CPU Adam")
 
 
 def ranks() -> Iterator[Finding]:
@@ -224,8 +238,11 @@ def careful(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Fi
         yield from check()
     except Exception as error:  # a broken library raises anything
         remedy = REINSTALL_TORCH if subject == "accelerator" else REINSTALL
-        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        yield Finding("wrong", subject, problem, remedy)
+        yield Finding("wrong", subject, _said(error), remedy)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -239,7 +256,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code: 1 if anything is wrong."""
     folder = make_parser().parse_args(argv).dir
-    checks = {check.__name__: check for check in (packages, accelerator, compiler, ranks, hub, extras)}
+    checks = {check.__name__: check for check in (packages, accelerator, ranks, hub, extras)}
     findings: list[Finding] = []
     for subject, check in {**checks, "storage": lambda: storage(folder)}.items():
         for finding in careful(subject, check):

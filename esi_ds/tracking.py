@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from esi_ds.artifacts import append_jsonl, jsonl, read_metrics, write_text_atomic, writing
-from esi_ds.event_files import withdraw
+from esi_ds.event_files import last_steps, withdraw
 from esi_ds.status import StatusWriter
 from esi_ds.terminal import printable
 
@@ -35,6 +35,7 @@ POINT_S = 1.0  # seconds between two points of a progress curve
 OVERVIEW = "Overview"
 # Curves that are drawn with the measurements in metrics.jsonl and are not in it.
 BESIDE_METRICS = (f"{OVERVIEW}/", "noise/")
+BAR_GROUPS = ("progress", "speed", "tokens_per_second")  # a curve of each for every phase
 MAX_LINE_NAME = 60  # characters of a line's folder
 MAX_BAR_NAME = 32  # characters of a model's or a judge's name in a bar
 FLUSH_S = 10  # seconds until TensorBoard shows a point, at most
@@ -66,6 +67,7 @@ class Bar(tqdm):
 
     on_update: Callable[[Bar], None] | None = None
     num_tokens = 0
+    drawn = -1  # the last step of its curves, perhaps of an earlier process
     _seconds: float | None = None  # until it was full or closed
 
     @property
@@ -111,13 +113,17 @@ class Tracker:
         self._writer: SummaryWriter | None = None
         self._line_writers: dict[str, SummaryWriter] = {}
         self._tensorboard = tensorboard and enabled
+        self._drawn_before: dict[str, int] = {}  # the last step of each curve of progress that an earlier process drew
 
     def __enter__(self) -> Tracker:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # imports all of TensorBoard: only if it is wanted
 
             threading.excepthook = _ignore_writer_thread
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=FLUSH_S)
+            folder = self.folder / "tensorboard"
+            with writing(folder):
+                self._drawn_before = last_steps(folder, "progress")
+            self._writer = SummaryWriter(str(folder), flush_secs=FLUSH_S)
         if self._status is not None:
             self._status.__enter__()
         return self
@@ -150,7 +156,9 @@ class Tracker:
             dynamic_ncols=True,
         )
         if self.enabled:
-            bar.on_update = partial(self._progress_points, description.replace(": ", "/"))
+            phase = description.replace(": ", "/")
+            bar.on_update = partial(self._progress_points, phase)
+            bar.drawn = self._drawn_before.pop(f"progress/{phase}", -1)
             self._last_point = -math.inf
         if self._status is not None:
             self._status.watch(bar)
@@ -158,7 +166,8 @@ class Tracker:
         return bar
 
     def _progress_points(self, phase: str, bar: Bar) -> None:
-        """Points for the share done in per cent and for the speed, at the number done."""
+        """Points for the share done in per cent and for the speed, at the number done. Where that is repeated, after a
+        restart or a gradient that is not finite, the earlier points are dropped."""
         now = time.monotonic()
         if bar.n < bar.total and now - self._last_point < POINT_S:
             return
@@ -169,7 +178,11 @@ class Tracker:
             values[f"speed/{phase}"] = (bar.n - bar.initial) / seconds
             if bar.num_tokens:
                 values[f"tokens_per_second/{phase}"] = bar.tokens_per_second
-        self.points(int(bar.n), values)
+        step = int(bar.n)
+        if step <= bar.drawn:
+            self._withdraw(max(step - 1, 0), [f"{group}/{phase}" for group in BAR_GROUPS])
+        bar.drawn = step
+        self.points(step, values)
 
     def log(self, line: str) -> None:
         """One message to stdout and log.txt."""
@@ -197,11 +210,13 @@ class Tracker:
         write_text_atomic(file, jsonl([row for row in rows if row["step"] <= step]))
         measured = {name for row in rows if row["step"] > step for name in row}
         if measured:
-            self._draw(
-                lambda writer: withdraw(writer, step, lambda tag: tag in measured or tag.startswith(BESIDE_METRICS))
-            )
-            if self._monitor is not None:
-                self._monitor.resume_at(step, measured)
+            self._withdraw(step, measured, BESIDE_METRICS)
+
+    def _withdraw(self, step: int, names: Collection[str], beside: tuple[str, ...] = ()) -> None:
+        """Drop the points of these curves after ``step``, and in TensorBoard those of the groups ``beside``."""
+        self._draw(lambda writer: withdraw(writer, step, lambda tag: tag in names or tag.startswith(beside)))
+        if self._monitor is not None:
+            self._monitor.resume_at(step, names)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and a point in each curve. A value that is not finite becomes null."""

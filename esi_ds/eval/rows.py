@@ -177,7 +177,7 @@ class MeasureRow(RateRow):
     kind: str  # harmful, benign or task
     judge: str  # who decides: a judge, a list of words, or a task's metric
     model: str  # the model's name in the tables
-    reasons: dict[str, int]  # why verdicts are missing → number of answers
+    reasons: dict[str, int]  # why verdicts are missing → number of answers; of a task: of documents, which count
     mean_score: float | None  # mean of the judge's scores; None if it gives none
     kinds: dict[str, int]  # of incoherent answers: kind of incoherence → number of answers
     is_share: bool  # whether the rate is a share of 1, which is shown in per cent; a metric may have another unit

@@ -69,7 +69,8 @@ class Measure:
     """One thing that is counted, for one model on one prompt set (or one task).
 
     judge: who decides (a judge, a list of words, a task's metric). flags: one per answer, in the set's order; None is
-    missing, and ``reasons`` says why. scores: likewise, empty if there are none. kinds: of what was counted.
+    missing, and ``reasons`` says why; a task's reasons say what befell documents that count. scores: likewise, empty
+    if there are none. kinds: of what was counted.
     metric: value, interval and n of what is not a share: a task's metric, or a divergence.
     clusters: what each flag shares with others that are not independent of it; empty: all are. clustered_by: prompt or
     goal.

@@ -85,15 +85,17 @@ def p_value(value: float) -> str:
 
 
 def change(row: ChangeRow) -> str:
-    """A paired difference with its interval: percentage points and the exact test, or mean scores in their own unit."""
+    """A paired difference with its interval: of a share percentage points, and the exact test where it has one; else
+    mean scores in their own unit."""
     difference, low, high = row["difference"], row["low"], row["high"]
     if difference is None:
         return "no pairs"
-    if row["p_value"] is None:
+    if row["p_value"] is None and not (row["measure"] == TASK and is_share_metric(row["judge"])):
         bounds = "" if low is None else f" [{low:+.4g}, {high:+.4g}]"
         return f"{difference:+.4g}{bounds}"
     bounds = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * difference:+.1f} points{bounds}, p {p_value(row['p_value'])}"
+    test = "" if row["p_value"] is None else f", p {p_value(row['p_value'])}"
+    return f"{100 * difference:+.1f} points{bounds}{test}"
 
 
 def closing_table(report: EvaluationReport) -> str:

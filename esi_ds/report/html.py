@@ -62,6 +62,7 @@ class EvaluationPieces(TypedDict):
     rows: list[PivotRow]  # the table of rates
     charts: list[Markup]  # pictures
     missing: list[MeasureRow]  # measures of which some answers have no verdict
+    flawed: list[MeasureRow]  # tasks of which some documents were asked or answered in part, and count
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -233,7 +234,8 @@ def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
             _picture(figures.rate_bars(title, rows, names, drawn), f"{title}: rates with intervals")
             for title, rows in charts
         ],
-        "missing": [row for row in report["measures"] if row["reasons"]],
+        "missing": [row for row in report["measures"] if row["reasons"] and row["measure"] != evaluation.TASK],
+        "flawed": [row for row in report["measures"] if row["reasons"] and row["measure"] == evaluation.TASK],
     }
 
 
@@ -258,9 +260,11 @@ def _times(value: float) -> str:
 
 
 def _number(value: Any) -> str:
-    """Integers with separators, floats with four digits, None as a dash."""
+    """Integers with separators, floats with four digits, or more before the point, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"

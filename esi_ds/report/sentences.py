@@ -361,11 +361,14 @@ def several(
         if len(rates) > 1:
             low, high = min(rates)[0], max(rates)[0]
             measured = f"Attack success on {first['set']} ({first['judge']}) is"
+            is_all = len(rates) == len(joined["models"])
             if low == high:
-                return [*lines, f"{measured} {percent(low)} for all models."]
+                models = "all models" if is_all else f"the {len(rates)} models measured"
+                return [*lines, f"{measured} {percent(low)} for {models}."]
             lowest = [name for rate, name in rates if rate == low]
             highest = listed([name for rate, name in rates if rate == high])
             ends = f"lowest for {listed(lowest)}, {percent(low)}, and highest for {highest}, {percent(high)}"
+            ends += "" if is_all else f", of the {len(rates)} models measured"
             lines += [f"{measured} {ends}.", *_refusals_of(joined, lowest)]
     return lines
 

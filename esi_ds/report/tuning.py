@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from esi_ds.data.thoughts import MARKS, Marks, final_answer
@@ -108,8 +109,9 @@ def closing_table(report: TuningReport) -> str:
     if report["changed"] is not None:
         lines.append(f"{'weights that differ':24}{report['changed']:>12,}")
     if report["progress"]:
-        first, last = report["progress"][0], report["progress"][-1]
-        lines.append(f"{'loss, first and last':24}{first['loss'] or float('nan'):>12.4g}{last['loss'] or 0.0:>12.4g}")
+        losses = [report["progress"][row]["loss"] for row in (0, -1)]
+        cells = (f"{math.nan if loss is None else loss:>12.4g}" for loss in losses)
+        lines.append(f"{'loss, first and last':24}{''.join(cells)}")
     if report["refusals"]:
         lines += ["", f"{'refused (string match)':24}{'before':>12}{'after':>12}{'answers':>12}"]
         for row in report["refusals"]:

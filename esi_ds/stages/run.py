@@ -186,6 +186,17 @@ class StageRun(ABC, Generic[Inputs]):
         """What the run was computed with, for the page's table; the manifest has it too."""
         return {"versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
+    @cached_property
+    def _earlier_s(self) -> float:
+        """Seconds of the starts before this one: what the manifest says until this one writes it."""
+        seconds = read_manifest(self.folder.path).get("wall_time_s")
+        return seconds if isinstance(seconds, (int, float)) else 0.0
+
+    @property
+    def wall_time_s(self) -> float:
+        """Seconds of this start and of those before it. Rank 0 alone, once the run has begun."""
+        return self._earlier_s + time.time() - self.started
+
     @property
     def asked(self) -> dict[str, str]:
         """How the models are asked, for the page's table."""
@@ -464,6 +475,7 @@ class StageRun(ABC, Generic[Inputs]):
                 exit_state=exit_state,
                 world_size=runtime.world_size(),
                 started=self.started,
+                earlier_s=self._earlier_s,
                 model_fingerprint=self._fingerprint,
                 data=self.source,
                 notes={

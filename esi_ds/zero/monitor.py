@@ -65,9 +65,11 @@ class Monitors:
         file = Path(monitor.log_dir) / f"{filename}.csv"
         if not file.is_file():
             return
-        head, *rows = file.read_text().splitlines()
-        kept = [row for row in rows if (number := row.partition(",")[0]).isdecimal() and int(number) < step]
-        write_text_atomic(file, "".join(f"{row}\n" for row in (head, *kept)))
+        lines = file.read_text().splitlines()
+        if not lines:  # as a full disk or a kill leaves it: DeepSpeed writes the header
+            return
+        kept = [row for row in lines[1:] if (number := row.partition(",")[0]).isdecimal() and int(number) < step]
+        write_text_atomic(file, "".join(f"{row}\n" for row in (lines[0], *kept)))
         monitor.filenames.append(filename)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,4 +104,5 @@ def test_dry_run(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("eval", ["--config", str(inputs / "config.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "402, at most 256 tokens each" in shown and "2 each of guard, words" in shown
+    assert re.search(r"^tasks +none$", shown, re.MULTILINE)
     assert not (inputs / "run").exists()

@@ -21,6 +21,7 @@ def test_a_sound_machine(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     assert doctor.main(["--dir", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert torch.__version__ in output and "GB/s written" in output and output.endswith("nothing is wrong\n")
+    assert "ninja" not in output and "c++" not in output  # no stage compiles anything
     assert not list(tmp_path.iterdir())
 
 
@@ -73,15 +74,62 @@ def test_a_variable_that_hides_every_gpu(
     assert note.state == "note" and words in note.fact and note.remedy.startswith("unset it")
 
 
-def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is free, one that something else uses, one that knows no bf16; and PyTorch without NCCL."""
+@pytest.mark.parametrize("visible", ["7", "1,0", "GPU-8bb3", "MIG-7"])
+def test_a_variable_that_names_no_gpu_of_this_host(
+    visible: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyTorch and the driver are sound; where the first one is there, they are not."""
+    nvidia_smi(monkeypatch, tmp_path, 0, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)", "  MIG 1g.10gb (UUID: MIG-2)")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    problem, _ = doctor.accelerator()
+    assert problem.state == "wrong" and f"CUDA_VISIBLE_DEVICES is {visible}" in problem.fact
+    assert problem.remedy.startswith("unset it")
+    for sound in ("0", "0,7", "GPU-1", "MIG-2"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", sound)
+        problem, _ = doctor.accelerator()
+        assert problem.state == "wrong" and "driver does not answer" in problem.fact
+
+
+def sound_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is free, one that something else uses, one that knows no bf16."""
     free, capabilities = [79 << 30, 20 << 30, 15 << 30], [(9, 0), (9, 0), (7, 0)]
-    totals = [80 << 30, 80 << 30, 16 << 30]
+    totals, ones = [80 << 30, 80 << 30, 16 << 30], torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number], totals[number]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capabilities[number])
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "text"),
+    [
+        (torch.cuda, "mem_get_info", "CUDA error: out of memory\nCUDA kernel errors might be"),
+        (torch, "ones", "CUDA error: no kernel image is available for execution on the device"),
+    ],
+)
+def test_a_gpu_that_cannot_compute(module, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process holds it, or PyTorch is built for others. The rest is shown all the same."""
+    sound_gpus(monkeypatch)
+    sound = getattr(module, name)
+
+    def call(argument: int, device: str = ""):
+        if f"{device}{argument}" in ("1", "cuda:11"):
+            raise RuntimeError(text)
+        return sound(argument, **({"device": device} if device else {}))
+
+    monkeypatch.setattr(module, name, call)
+    first, wrong, third, _ = doctor.accelerator()
+    assert [first.state, wrong.state, third.state] == ["ok", "wrong", "note"]
+    assert wrong.fact == f"GPU 1: RuntimeError: {text.splitlines()[0]}"
+    assert "nvidia-smi" in wrong.remedy and "PyTorch again" not in wrong.remedy
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And PyTorch without NCCL."""
+    sound_gpus(monkeypatch)
 
     def no_nccl() -> None:
         raise AttributeError("_nccl_version")

@@ -13,6 +13,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.proportion import proportion_confint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import start_later
 
 from esi_ds.artifacts import read_metrics
 from esi_ds.config import validate
@@ -182,6 +183,16 @@ def test_a_graded_metric_is_compared_by_its_scores() -> None:
     assert change(row).startswith("+0.4667 [") and "+0.4667 [" in render(report)
 
 
+def test_a_graded_share_changes_by_percentage_points() -> None:
+    """As its rate is in per cent: of truthfulqa_mc2 a document scores a probability."""
+    scores = {"a": [0.2, 0.4, 0.6], "b": [0.25, 0.35, 0.75]}
+    rows = [task_row(m, 0, "t", metric="acc", value=sum(s) / 3, scores=s) for m, s in scores.items()]
+    report = task_report(rows)
+    (row,) = report["changes"]
+    assert row["p_value"] is None and change(row) == "+5.0 points [-5.0, +15.0]"
+    assert "45.0 % (n 3)   +5.0 points [-5.0, +15.0] (against a)" in closing_table(report)
+
+
 def test_the_closing_table_tells_models_apart() -> None:
     """By the end of their paths, and by more than a path's last characters where these are the same."""
     result = task_report([task_row(name, 0, "t", value=0.5, scores=[0.5]) for name in "ab"])
@@ -270,6 +281,13 @@ def test_the_mean_accuracy_of_a_group_is_a_share(metric: str, filter_name: str) 
     assert "50.0 % (n 3)" in closing_table(task_report([row, task_row("b", 0, "t", value=1.0)]))
 
 
+def test_documents_that_count_are_not_among_the_missing_verdicts() -> None:
+    cut, unfinished = "prompt cut at its beginning", "reply ends within a thought: no answer"
+    page = render(task_report([task_row("a", 0, "t", value=0.5, num_cut=3, num_unfinished=2)]))
+    assert "Missing verdicts" not in page
+    assert f'{cut}</td><td class="n">3</td>' in page and f'{unfinished}</td><td class="n">2</td>' in page
+
+
 def test_reports_of_earlier_versions_keep_their_units() -> None:
     """Their rows do not say whether a rate is a share."""
     rows = [
@@ -331,7 +349,16 @@ def test_the_page_shows_everything_and_runs_nothing(report: dict) -> None:
     page = render(json.loads(json.dumps(report)))
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "66.7 % [20.8, 93.9] (n 3, 1 missing)" in page and "no room" in page and "timeout" in page
+    assert "They count" not in page
+    assert '<div class="scroll"><table>\n<tr><th>measure' in page  # as wide as the paths that models are called by
     assert "undefined: one verdict only" not in page.split("Do the judges agree")[0]
+
+
+def test_an_answer_cannot_turn_around_what_is_written_behind_it(report: dict) -> None:
+    """A right-to-left one, or one with an override, which is in force until the end of what isolates it."""
+    report["samples"][0]["answers"][0]["response"] = "\u202ecba"
+    page = render(report)
+    assert ': <bdi>\u202ecba</bdi> <span class="quiet">[j:' in page and '<p dir="auto"><b>' in page
 
 
 def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> None:
@@ -352,9 +379,12 @@ def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> Non
     assert f"| j | k | {agreed['num_pairs']} | {agreed['kappa']:.2f} |" in shown
 
 
-def test_rates_of_a_run_that_is_done_once_more_are_there_once(report: dict, tmp_path: Path) -> None:
+def test_rates_of_a_run_that_is_done_once_more_are_there_once(
+    report: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its manifest was deleted. Curves of progress, and what is beside the metrics, too."""
-    for _ in range(2):
+    for number in range(2):
+        start_later(number, monkeypatch)
         with Tracker(tmp_path, enabled=True, tensorboard=True, stage="perturb") as tracker:
             tracker.points(3, {"progress/answers": 50.0})
             publish_rates(tracker, report["measures"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 
 import deepspeed.comm
 import pytest
-from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.monitor.comet import CometMonitor
+from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig, get_monitor_config
 from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.tensorboard import TensorBoardMonitor
 from deepspeed.monitor.wandb import WandbMonitor
@@ -41,6 +43,15 @@ def test_csv_curves_hold_each_step_once_after_a_restart(tmp_path: Path, monkeypa
         head, *rows = (tmp_path / f"job/{name}.csv").read_text().splitlines()
         assert head == f"step,{name.rpartition('_')[2]}"
         assert rows == [f"{step},{float(step)}" for step in range(first, 7)]
+
+
+def test_a_csv_file_that_a_full_disk_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed makes the file before there is room for what it holds."""
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/loss.csv").touch()
+    write_csv(tmp_path, range(1, 3), ("loss",))
+    assert (tmp_path / "job/loss.csv").read_text().splitlines() == ["step,loss", "1,1.0", "2,2.0"]
 
 
 @pytest.mark.parametrize(("filler", "length"), [("x", 246), ("x", 247), ("x", 300), ("ü", 150)])
@@ -104,6 +115,31 @@ def test_weights_and_biases_keeps_every_point_of_every_phase(monkeypatch: pytest
         *({"step": step, "progress/answer": 10.0 * step} for step in range(1, 4)),
         *({"step": step, "loss": 1.0 / step, "gradient_norm": 2.0} for step in range(1, 3)),
     ]
+
+
+@pytest.mark.parametrize(("section", "steps"), [({}, [8, 16, 20, 20]), ({"samples_log_interval": 10}, [8, 20])])
+def test_comet_gets_every_point(section: dict[str, int], steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one, over all answers, may be at the step of the one before. A user's own interval stays."""
+    points = []
+
+    def log(name: str, value: float, step: int) -> None:
+        points.append((name, value, step))
+
+    experiment = SimpleNamespace(__internal_api__log_metric__=log)
+    spec = importlib.machinery.ModuleSpec("comet_ml", None)
+    client = SimpleNamespace(start=lambda **options: experiment, __spec__=spec, __version__="3.47.1")
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda: 0)
+    monkeypatch.setitem(sys.modules, "comet_ml", client)
+    config = validate(
+        {"run": {"output_dir": "r"}, "model": {"path": "m"}, "deepspeed": {"comet": {"enabled": True, **section}}}
+    )
+    comet_monitor = CometMonitor(get_monitor_config(monitor_settings(config)).comet)
+    monitors = Monitors(
+        SimpleNamespace(tb_monitor=None, csv_monitor=None, comet_monitor=comet_monitor, wandb_monitor=None)
+    )
+    for step in (8, 16, 20, 20):
+        monitors.write(step, {"attack_success": step / 100})
+    assert points == [("attack_success", step / 100, step) for step in steps]
 
 
 def test_a_run_that_goes_back_draws_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from mask_folders import write_mask
 from matplotlib.text import Text
 
+from esi_ds import tracking
 from esi_ds.artifacts import RunFolder
 from esi_ds.data.thoughts import MARKS
 from esi_ds.launch.report import main as command
@@ -113,8 +114,9 @@ def test_pages_name_facts_by_what_they_are() -> None:
     done: dict = {**report(DENSE), "facts": facts}
     page = render(done)
     assert "<th>mask made from</th>" in page and "<th>wall time before this page (s)</th>" in page
-    run = FinishedRun("a", "a.html", done, {"wall_time_s": 21.0, "finished": "today"})  # type: ignore[arg-type]
-    assert '<td class="n">21</td><td>today</td>' in render_overview([run, run], [])
+    for seconds, shown in ((21.0, "21"), (12345.6, "12,346"), (1e30, "1e+30")):
+        run = FinishedRun("a", "a.html", done, {"wall_time_s": seconds, "finished": "today"})  # type: ignore[arg-type]
+        assert f'<td class="n">{shown}</td><td>today</td>' in render_overview([run, run], [])
 
 
 NAMES = [r"$\frac{$", "a$b$c^_{", "_hidden", "new\nline\0 and \ud800", "wide " * 2000, "x$", "\\$1$"]
@@ -262,7 +264,9 @@ def test_a_large_mixture_and_a_run_without_prompts(tmp_path: Path) -> None:
     bare = {**report(units), "judge_scores": [], "excluded": [], "samples": [], "progress": []}
     bare["selection"] = {**bare["selection"], "threshold": None}
     write_report(tmp_path, bare)
-    assert "Experts" in (tmp_path / "report.html").read_text()
+    page, half = (tmp_path / "report.html").read_text(), "half lie in"
+    assert "Experts" in page and half in page
+    assert half not in render({**bare, "units": [{**row, "selected": 0} for row in units]})
     assert json.loads((tmp_path / "report.json").read_text())["units"][5]["expert"] == 5
     assert "12,032 of 1,000 weights, threshold -" in closing_table(bare)
 
@@ -295,15 +299,20 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     assert "Overview/Where the mask is: layer by role" in events.Tags()["images"]
 
 
+def start_later(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files in the order of the seconds in their names."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: 1e9 + number))
+
+
 def test_tensorboard_shows_what_a_resumed_run_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three restarts, also in the overview; curves of progress, which count other things than steps, stay."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.summary.writer import event_file_writer
 
     starts = [(1, 5), (3, 6), (2, 4), (5, 5)]  # first and last step of each
     for number, (first, last) in enumerate(starts):
-        # TensorBoard reads files in the order of the seconds in their names.
-        monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda now=1e9 + number: now))
+        start_later(number, monkeypatch)
         with Tracker(tmp_path, enabled=True, tensorboard=True, stage="set") as tracker:
             tracker.points(30, {f"progress/{number}": 50.0})
             tracker.resume_at(first - 1)
@@ -322,11 +331,41 @@ def test_tensorboard_shows_what_a_resumed_run_has_kept(tmp_path: Path, monkeypat
         assert points == [(30, 50.0), (40, 100.0)]
 
 
-def test_what_one_restart_has_withdrawn_does_not_come_back_at_the_next(tmp_path: Path) -> None:
+def test_a_phase_that_goes_on_or_back_draws_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its last checkpoint after a kill, then back within the process; from 0, where a bar counts what waits."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    starts = [(0, [(5, "first"), (10, "first"), (20, "first"), (41, "second")]), (10, [(20, "first")])]
-    for resumed_at, points in [*starts, (15, [(20, "first"), (41, "second")])]:
+    monkeypatch.setattr(tracking, "POINT_S", 0.0)
+    starts = [(0, 12, [1] * 9), (5, 12, [1, 1, 1, -2, 1, 1, 1, 1, 1, 1]), (0, 6, [2] * 3)]
+    curves = [[*range(1, 10)], [*range(1, 13)], [1, 2, 4, 6]]
+    for number, ((initial, total, advances), steps) in enumerate(zip(starts, curves, strict=True)):
+        start_later(number, monkeypatch)
+        with Tracker(tmp_path, enabled=True, tensorboard=True, stage="set") as tracker:
+            if number == 0:
+                tracker.text("answers/0", "beside the curves")
+                tracker.points(30, {"progress/answer": 100.0})
+            with tracker.progress(total=total, initial=initial, unit="step", description="tune") as bar:
+                for advance in advances:
+                    bar.advance(advance, 10)
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        for group in ("progress", "speed", "tokens_per_second"):
+            assert [point.step for point in events.Scalars(f"{group}/tune")] == steps
+        assert [point.value for point in events.Scalars("progress/tune")][-1] == 100 * steps[-1] / total
+        assert len(events.Scalars("progress/answer")) == len(events.Tensors("answers/0/text_summary")) == 1
+
+
+def test_what_one_restart_has_withdrawn_does_not_come_back_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    starts = [
+        (0, [(5, "first"), (10, "first"), (20, "first"), (41, "second")]),
+        (10, [(20, "first")]),
+        (15, [(20, "first"), (41, "second")]),
+    ]
+    for number, (resumed_at, points) in enumerate(starts):
+        start_later(number, monkeypatch)
         with Tracker(tmp_path, enabled=True, tensorboard=True, stage="esi") as tracker:
             tracker.resume_at(resumed_at)
             for step, name in points:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
 
 from esi_ds import lock
-from esi_ds.artifacts import CHECKPOINTS, STATUS, RunFolder, write_json_atomic
+from esi_ds.artifacts import CHECKPOINTS, STATUS, RunFolder, read_manifest, write_json_atomic
 from esi_ds.config import validate
 from esi_ds.core.mask import Mask, identity, unread
 from esi_ds.data.tokenizer_files import other_patterns
@@ -72,6 +73,18 @@ def test_a_run_that_ended_while_its_lock_was_looked_at_is_not_run_again(
     run.run()
     assert "is finished already; nothing to do" in capsys.readouterr().out
     assert not (tmp_path / lock.LOCK).exists()
+
+
+def test_wall_time_is_that_of_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start is a process of its own, which writes the manifest more than once."""
+    config = validate({"run": {"output_dir": str(tmp_path)}, "model": {"path": "a"}})
+    for started, written in ((1000.0, (1010.0, 1300.0)), (5000.0, (5001.0, 5020.0))):
+        run = Run(config, Options(), None, RunFolder(str(tmp_path)), {}, {})
+        run.started, run.tracker = started, SimpleNamespace(remarks=[])
+        for now in written:
+            monkeypatch.setattr(time, "time", lambda now=now: now)
+            run.record("interrupted")
+    assert read_manifest(tmp_path)["wall_time_s"] == run.wall_time_s == 320
 
 
 @pytest.mark.parametrize("alive", [False, True])

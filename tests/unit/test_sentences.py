@@ -7,7 +7,7 @@ from test_location import CONTROLLED, with_control
 from test_report import DENSE, report, unit
 
 from esi_ds.eval.tables import Measure, changes
-from esi_ds.report import figures, overview, sentences
+from esi_ds.report import figures, overview, sentences, tuning
 from esi_ds.report.html import render
 from esi_ds.report.overview import FinishedRun
 from esi_ds.report.perturbation import closing_table, steps_per_sigma
@@ -143,6 +143,9 @@ def test_tuning() -> None:
     shown = render(page)  # type: ignore[arg-type]
     assert '<td class="n">30 (100.0 %)</td>' in shown and "unfinished before" in shown
     assert not sentences.tuning({**TUNING, "refusals": [{**thinks, "unfinished_after": 32}]})[1:]  # type: ignore[arg-type]
+    rows = [{"step": 1, "loss": 0.0}, {"step": 2, "loss": 0.25}]
+    table = tuning.closing_table({**TUNING, "progress": rows})  # type: ignore[arg-type]
+    assert f"loss, first and last{0:>16}{0.25:>12}" in table
     bare = {**TUNING, "progress": [], "refusals": []}
     assert sentences.tuning(bare) == ["SET trained 1 % of the weights for 100 steps."]  # type: ignore[arg-type]
 
@@ -320,9 +323,14 @@ def test_other_prompts_and_judges_of_the_same_name_are_kept_apart() -> None:
     assert other_judge == {("advbench", "guard of a"), ("advbench", "guard of b"), ("xstest", "words")}
     runs = [run("a", "1", "g"), run("b", "2", "g")]
     lines = sentences.several(runs, [], overview.joined(runs))
-    assert lines[1].startswith(
-        "Attack success on advbench of a (guard) is lowest for a: set, 10.0 %, and highest for a:"
+    assert lines[1] == (
+        "Attack success on advbench of a (guard) is lowest for a: set, 10.0 %, and highest for a: base, 100.0 %, "
+        "of the 2 models measured."
     )
+    same = {**evaluation(["x", "y"], [[True]] * 2, [[True]] * 2), "sets": [{"set": "advbench", "sha256": "3"}]}
+    runs = [FinishedRun("c", "c", same, {}), runs[0]]
+    lines = sentences.several(runs, [], overview.joined(runs))
+    assert lines[1] == "Attack success on advbench of c (guard) is 100.0 % for the 2 models measured."
 
 
 def test_several_runs() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -225,7 +224,7 @@ def run_facts(run: StageRun[EsiInputs], model: ShardedModel, outcome: PromptOutc
         "dtype": config.model.dtype,
         **run.asked,
         "ranks": runtime.world_size(),
-        "wall time (s)": round(time.time() - run.started, 1),
+        "wall time (s)": round(run.wall_time_s, 1),
         "seed": config.run.seed,
         "fingerprint": run.fingerprint,
         "unscored weights": ", ".join(f"{role} {n:,}" for role, n in unscored_numel(model.parameters).items()),

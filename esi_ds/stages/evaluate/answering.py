@@ -30,7 +30,7 @@ from esi_ds.stages.ledger import Ledger
 from esi_ds.stages.questions import answer_stream, unanswered_rows
 from esi_ds.stages.respond import generate_all
 from esi_ds.tracking import Tracker
-from esi_ds.words import counted, part_of
+from esi_ds.words import counted, first_of, part_of
 from esi_ds.zero import runtime
 from esi_ds.zero.batching import batch_size_for, lookahead
 from esi_ds.zero.engine import ShardedModel
@@ -92,7 +92,7 @@ def add_recorded(
             what = "no answer" if samples == 1 else f"fewer than {samples} answers"
             tracker.log(
                 f"{recorded.path} has {what} of {model.name} to {len(lacking)} of {len(question_set.prompts)} "
-                f"prompts of {question_set.name}: {', '.join(map(str, lacking))}"
+                f"prompts of {question_set.name}: {first_of(list(lacking))}"
             )
     if recorded.differences:
         tracker.remark(f"answers of {model.name} were asked for otherwise: {recorded.differences}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,7 +129,7 @@ def facts(run: StageRun[Any], section: Eval) -> Facts:
         **({} if section.coherence else {"incoherence": "not measured"}),
         "ranks": runtime.world_size(),
         "seed": run.config.run.seed,
-        "wall time (s)": round(time.time() - run.started, 1),
+        "wall time (s)": round(run.wall_time_s, 1),
         **run.versions,
         **run.remarks,
     }

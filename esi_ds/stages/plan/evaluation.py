@@ -51,7 +51,7 @@ def plan_eval(config: Config, options: Options) -> None:
             facts[f"model {name}"] = describe_model(config, options, model_config, surveyed.sources[field], None)
     facts |= describe_sets(surveyed.counts)
     facts["judges"] = ", ".join(map(label, section.judges)) or "words"
-    facts["tasks"] = ", ".join(task.name for task in section.tasks) or "none"
+    facts["tasks"] = _tasks(section)
     for name, field in _fields(section).items():
         if (model_config := surveyed.configs.get(field)) is not None:
             surveyed.notes.extend(too_large_for_tasks(config, options, name, model_config, surveyed.sources[field]))
@@ -173,6 +173,10 @@ def too_large_for_tasks(
     return [f"eval.tasks: {WHOLE_MODEL}: {name} takes {readable(size)} of a GPU's {readable(gpu)}; {WITHOUT_TASKS}"]
 
 
+def _tasks(section: Eval) -> str:
+    return ", ".join(task.name for task in section.tasks) or "none"
+
+
 def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> None:
     """The resolved config, then which models an evaluation would ask what, and who would judge."""
     section = require_eval(config)
@@ -198,10 +202,11 @@ def print_eval_plan(config: Config, options: Options, inputs: EvalInputs) -> Non
     num_harmful *= section.samples
     if section.divergence:
         facts["divergence"] = (
-            f"of {len(inputs.candidates) - 1} models, each loaded beside the base, a share a rank of both"
+            f"of {counted(len(inputs.candidates) - 1, 'model')}, each loaded beside the base, a share a rank of both"
         )
     judges = ", ".join(judge.name for judge in inputs.judges)
     facts["verdicts"] = f"{num_harmful * len(inputs.models):,} each of {judges}"
+    facts["tasks"] = _tasks(section)
     print_facts(facts)
     too_large = (too_large_for_tasks(config, options, m.name, m.config, m.source) for m in inputs.candidates)
     print_notes([*chain.from_iterable(too_large), *dequantised(inputs.sources)])

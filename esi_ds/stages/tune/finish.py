@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from esi_ds.artifacts import read_metrics
 from esi_ds.data.thoughts import marks_with
 from esi_ds.patch import PatchSummary
@@ -14,6 +12,7 @@ from esi_ds.report.tuning import closing_table, publish, refusal_rows, samples
 from esi_ds.stages.run import StageRun
 from esi_ds.stages.tune.prepare import TuningInputs
 from esi_ds.stages.tune.training import Training
+from esi_ds.words import first_of
 from esi_ds.zero import runtime
 
 
@@ -65,7 +64,7 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         "dtype": config.model.dtype,
         **run.asked,
         "ranks": runtime.world_size(),
-        "wall time (s)": round(time.time() - run.started, 1),
+        "wall time (s)": round(run.wall_time_s, 1),
         "seed": config.run.seed,
         **run.remarks,
         "fingerprint": run.fingerprint,
@@ -91,7 +90,8 @@ def facts(run: StageRun[TuningInputs], training: Training) -> Facts:
         **run.versions,
     }
     if inputs.unanswered:
-        table["prompts not asked"] = "; ".join(f"{name} {index}: {reason}" for name, index, reason in inputs.unanswered)
+        not_asked = [f"{name} {index}: {reason}" for name, index, reason in inputs.unanswered]
+        table["prompts not asked"] = first_of(not_asked, "; ")
     if inputs.benign is not None and tune.data.benign is not None:
         table["benign rows"] = f"{len(inputs.benign.sequences):,} of {tune.data.benign.path}"
         table["benign rows read"] = training.num_benign
