@@ -114,7 +114,7 @@ def open_case(
             model.release()
 
         return model, trained, shards, shards.collecting(), micro_batch, lambda: None
-    tuner = DenseTuner(model, trained, optimizers[0]) if case == "SPA" else SparseTuner(
+    tuner = DenseTuner(model, optimizers[0]) if case == "SPA" else SparseTuner(
         model, trained, Rule(**RULE, clip=1.0), case.removeprefix("SET ")
     )  # fmt: skip
 

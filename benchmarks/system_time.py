@@ -90,7 +90,7 @@ def make_tuner(stage: str, folder: Path, mask: Mask, prefetch: int | None) -> Tu
     train = "complement" if stage == "SPA" else "selected"
     trained = Trained(mask, train, "freeze", {p.name: p.shape for p in model.parameters})
     if stage == "SPA":
-        return DenseTuner(model, trained, optimizers[0])
+        return DenseTuner(model, optimizers[0])
     return SparseTuner(model, trained, Rule(**RULE, clip=1.0), "compact")
 
 

@@ -132,7 +132,7 @@ def standard_figures(folder: Path, mask: Mask, masked: bool) -> dict[str, float]
 
     before = resident_bytes()
     model, trained = loaded(folder, mask, "complement", STANDARD, make_optimizer)
-    tuner = DenseTuner(model, trained, optimizers[0]) if masked else plain_tuner(model, trained)
+    tuner = DenseTuner(model, optimizers[0]) if masked else plain_tuner(model, trained)
     return figures(model, tuner, before, sum(p.numel for p in model.parameters if trained.count(p.name)))
 
 

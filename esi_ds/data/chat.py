@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from tokenizers import processors
+from transformers import AutoTokenizer, BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, default_template, set_values
@@ -310,6 +311,34 @@ def check_some_answerable(
         )
 
 
+def encode_with_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str | list[str], *, add_special_tokens: bool = False
+) -> BatchEncoding:
+    """Ids of a text, or of several, and their spans (``offset_mapping``), which hold the white space of their tokens.
+
+    Byte-level tokenizers may report spans without it: RoBERTa's, and those whose tokenizer.json has a post-processor
+    with ``trim_offsets: true``. By these, ``judge.alignment`` would lose the blank before every word.
+    """
+    trimming = list(_trimming_parts(tokenizer.backend_tokenizer.post_processor))
+    try:
+        for part in trimming:
+            part.trim_offsets = False
+        return tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    finally:  # an exported tokenizer is as it was
+        for part in trimming:
+            part.trim_offsets = True
+
+
+def _trimming_parts(processor: Any) -> Iterator[Any]:
+    """The live parts of a tokenizer's post-processor that trim spans."""
+    if isinstance(processor, processors.Sequence):
+        parts: Any = processor  # its stubs do not say that it can be iterated
+        for part in parts:
+            yield from _trimming_parts(part)
+    elif getattr(processor, "trim_offsets", False):
+        yield processor
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], response: str) -> EncodedResponse:
     """Ids and disjoint spans of a response as it follows a prompt.
 
@@ -334,7 +363,7 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: st
     SentencePiece gives the mark it puts before a text the span of the first letter, which would count it twice.
     """
     before_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(before + response, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = encode_with_spans(tokenizer, before + response)
     ids, spans, border = encoded["input_ids"], encoded["offset_mapping"], len(before)
     if ids[: len(before_ids)] != before_ids or (before_ids and spans[len(before_ids) - 1][1] > border):
         return None

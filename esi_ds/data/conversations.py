@@ -21,6 +21,7 @@ from esi_ds.data.chat import (
     TemplateRejection,
     break_up,
     broken_up_words,
+    encode_with_spans,
     render,
     specials_in,
 )
@@ -368,7 +369,7 @@ def _first_end(
     tokenizer: PreTrainedTokenizerBase, text: str, ends: Collection[int], start: int = 0
 ) -> tuple[int, int] | None:
     """The characters of the first end token in a text, at or behind ``start``."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = encode_with_spans(tokenizer, text)
     tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return next((span for token, span in tokens if token in ends and span[0] >= start), None)
 
@@ -403,7 +404,7 @@ def _segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) ->
 
     Where a token of the whole crosses from one segment into the next, see ``_behind_each_other``.
     """
-    encoded = tokenizer("".join(segments), add_special_tokens=False, return_offsets_mapping=True)
+    encoded = encode_with_spans(tokenizer, "".join(segments))
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     borders = list(accumulate(map(len, segments)))
     position, ends = 0, list[int]()
@@ -411,7 +412,7 @@ def _segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) ->
         while position < len(ids) and spans[position][0] < border:
             position += 1
         ends.append(position)
-        # A space that no token spans belongs to the next one (byte-level tokenizers trim it off).
+        # A space that no token spans belongs to the next one (tokenizers that split texts at spaces drop it).
         if (position and spans[position - 1][1] != border) or (position < len(ids) and spans[position][0] != border):
             return list(_behind_each_other(tokenizer, segments))
     return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]

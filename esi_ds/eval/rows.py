@@ -224,7 +224,7 @@ class AgreementRow(TypedDict):
     first: str  # a judge's name
     second: str  # the other judge's name
     num_pairs: int  # answers that both judged
-    num_missing: int  # answers that one of them did not judge
+    num_missing: int  # answers that one of them did not judge, as those without text
     agreement: float | None  # share of the pairs with equal verdicts
     kappa: float | None  # None if chance alone would make them always agree
     low: float | None  # lower end of the 95 % interval; None if the standard error is 0

@@ -45,7 +45,7 @@ from esi_ds.eval.rows import (
     marks_of,
 )
 from esi_ds.eval.statistics import PairedScores, mcnemar_exact
-from esi_ds.eval.verdicts import Verdict
+from esi_ds.eval.verdicts import NOTHING_SAID, Verdict
 
 ATTACK_SUCCESS, REFUSED, INCOHERENT, TASK = "attack_success", "refused", "incoherent", "task"
 ANY_ATTACK_SUCCESS = "any_attack_success"
@@ -73,7 +73,7 @@ class Measure:
     if there are none. kinds: of what was counted.
     metric: value, interval and n of what is not a share: a task's metric, or a divergence.
     clusters: what each flag shares with others that are not independent of it; empty: all are. clustered_by: prompt or
-    goal.
+    goal. unread: whether each flag is of an answer without text, which is safe without a judge; empty: none is.
     """
 
     measure: str
@@ -88,6 +88,7 @@ class Measure:
     metric: MetricValue | None = None
     clusters: list[Hashable] = field(default_factory=list)
     clustered_by: str = "prompt"
+    unread: list[bool] = field(default_factory=list)
 
     @property
     def cluster_keys(self) -> Sequence[Hashable]:
@@ -250,6 +251,7 @@ def _attack_success(rows: Sequence[AnswerRow], verdicts: Verdicts, judge: str) -
         scores=[verdict.score for verdict in judged] if any(v.score is not None for v in judged) else [],
         clusters=list(map(cluster_of, rows)),
         clustered_by="goal" if "goal" in rows[0] else "prompt",
+        unread=[verdict == NOTHING_SAID and not has_text(row) for row, verdict in zip(rows, judged, strict=True)],
     )
 
 
@@ -264,6 +266,7 @@ def _any_attack_success(measure: Measure) -> Measure:
         reasons={UNDECIDED: missing} if missing else {},
         scores=[],
         clusters=[],
+        unread=[],
     )
 
 
@@ -445,12 +448,14 @@ def _change_row(measure: Measure, other: Measure, difference: PairedScores, scor
 
 def agreements(measures: Sequence[Measure]) -> list[AgreementRow]:
     """Cohen's κ of every two judges of attack success, over the answers of all models and sets that both judged. Its
-    interval takes all models' answers to a prompt for one cluster."""
+    interval takes all models' answers to a prompt for one cluster. Answers without text say nothing of the judges."""
     flags: dict[str, list[bool | None]] = {}
     clusters: dict[str, list[Hashable]] = {}
     for measure in measures:
         if measure.measure == ATTACK_SUCCESS:
-            flags.setdefault(measure.judge, []).extend(measure.flags)
+            unread = measure.unread or [False] * len(measure.flags)
+            read = [None if is_unread else flag for flag, is_unread in zip(measure.flags, unread, strict=True)]
+            flags.setdefault(measure.judge, []).extend(read)
             clusters.setdefault(measure.judge, []).extend((measure.set, key) for key in measure.cluster_keys)
     return [
         {

@@ -14,7 +14,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from esi_ds.data.chat import TemplateRejection, render, turn_mark
+from esi_ds.data.chat import TemplateRejection, encode_with_spans, render, turn_mark
 from esi_ds.data.template_values import CLOCK, default_template, fixed_clock
 from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.errors import UserError
@@ -181,7 +181,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, family: Family) -
     token. A family without words (a classifier) reads the text to its end.
     """
     encodings = [
-        tokenizer(text + word, add_special_tokens=family.adds_special_tokens, return_offsets_mapping=True)
+        encode_with_spans(tokenizer, text + word, add_special_tokens=family.adds_special_tokens)
         for word in family.words or ("",)
     ]
     first = encodings[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from esi_ds.data.chat import encode_with_spans
 from esi_ds.errors import UserError
 
 REPLACEMENT = "\ufffd"  # what decoders show for bytes that are not a whole character
@@ -43,9 +44,7 @@ def encode_mid_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> lis
         waiting = [index for index in range(len(texts)) if index not in ids_by_index]
         if not waiting:
             break
-        encoded = tokenizer(
-            [anchor + texts[index] for index in waiting], add_special_tokens=False, return_offsets_mapping=True
-        )
+        encoded = encode_with_spans(tokenizer, [anchor + texts[index] for index in waiting])
         for index, ids, spans in zip(waiting, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if not any(start < len(anchor) < end for start, end in spans):
                 kept = [token for token, (start, _) in zip(ids, spans, strict=True) if start >= len(anchor)]

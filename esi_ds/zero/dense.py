@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from esi_ds.core.trained import Trained
 from esi_ds.models.rows import last_logits
 from esi_ds.zero import memory, runtime
 from esi_ds.zero.checkpoint import Parts
@@ -23,8 +22,8 @@ class DenseTuner(Tuner):
     Clipping and gradient accumulation are set in the engine's configuration.
     """
 
-    def __init__(self, model: ShardedModel, trained: Trained, optimizer: MaskedAdamW):
-        super().__init__(model, trained)
+    def __init__(self, model: ShardedModel, optimizer: MaskedAdamW):
+        super().__init__(model, optimizer.trained)
         self.optimizer = optimizer
         self.zero = model.engine.optimizer
         shards = {id(model.by_name[shard.name]): shard for shard in model.shards}

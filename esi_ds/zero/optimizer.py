@@ -52,7 +52,7 @@ class MaskedAdamW(Optimizer):
             groups of them (``{"params": [(name, parameter), ...], "lr": ...}``).
         mask: an ``esi_ds.Mask`` or its folder.
         unscored: ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases,
-            routers, encoders of images and sound).
+            routers, encoders of images and sound: under ZeRO-3 weight decay changes these even if no row reaches them).
         router: the same for routers alone, even where the mask names them; ``params_or_model`` must then be a model.
             None: as the mask or ``unscored`` says.
         roles: the ``model.roles`` that the mask was made with.
@@ -82,12 +82,32 @@ class MaskedAdamW(Optimizer):
         router: str | None = None,
         roles: Mapping[str, str] | None = None,
     ):
-        groups, self.trained = resolve_trained(params_or_model, mask, train, unscored, router, roles)
+        groups, trained = resolve_trained(params_or_model, mask, train, unscored, router, roles)
+        rule = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._begin(params_or_model, groups, trained, rule)
+
+    @classmethod
+    def of(cls, model: nn.Module, trained: Trained, **rule: Any) -> MaskedAdamW:
+        """The optimizer of a stage, which has resolved already which weights of its model train. rule: by ``RULE``."""
+        groups = named_groups(model)
+        assert trained.numels.keys() == dict(groups[0]["params"]).keys()
+        optimizer = cls.__new__(cls)
+        optimizer._begin(model, groups, trained, rule)
+        return optimizer
+
+    def _begin(
+        self,
+        params_or_model: nn.Module | Iterable[Any],
+        groups: Iterable[dict[str, Any]],
+        trained: Trained,
+        rule: dict[str, Any],
+    ) -> None:
+        self.trained = trained
         self.parameters: dict[str, nn.Parameter] = {}
         self._coordinates: dict[int, Tensor | None] = {}
         kept_groups = []
         for group in groups:
-            kept = {name: tensor for name, tensor in group["params"] if self.trained.count(name)}
+            kept = {name: tensor for name, tensor in group["params"] if trained.count(name)}
             for name, tensor in group["params"]:
                 tensor.requires_grad_(name in kept)
                 if name not in kept:
@@ -97,8 +117,7 @@ class MaskedAdamW(Optimizer):
                 kept_groups.append({**group, "params": list(kept.values())})
         self._names = {id(tensor): name for name, tensor in self.parameters.items()}
         self._shapes = {name: whole_shape(tensor) for name, tensor in self.parameters.items()}
-        rule = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(kept_groups, {**rule, TRAINED_DIGEST: self.trained.digest})
+        super().__init__(kept_groups, {**rule, TRAINED_DIGEST: trained.digest})
         self.zero: FlatGroups | None = None
         self._model = ref(params_or_model) if isinstance(params_or_model, nn.Module) else None
         self._other_steps = OtherSteps(self)

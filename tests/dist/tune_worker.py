@@ -30,14 +30,13 @@ from esi_ds.stages.tune.prepare import prepare_tuning
 from esi_ds.stages.tune.work import TuneRun
 from esi_ds.zero import gradients, runtime
 from esi_ds.zero import optimizer as zero_optimizer
-from esi_ds.zero.dense import DenseTuner
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.sparse import CompactGradients, SparseTuner
+from esi_ds.zero.sparse import CompactGradients
+from esi_ds.zero.tuner import Tuner
 
 plain_run, plain_norm = training.Training.run, LlamaRMSNorm.forward
 ORIGINALS = {
-    (SparseTuner, "__init__"): SparseTuner.__init__,
-    (DenseTuner, "__init__"): DenseTuner.__init__,
+    (Tuner, "__init__"): Tuner.__init__,
     (ShardedModel, "release"): ShardedModel.release,
     (ShardedModel, "publish"): ShardedModel.publish,
     (CompactGradients, "zero"): CompactGradients.zero,
@@ -68,7 +67,7 @@ def poison(kind: str) -> None:
     """Gradient hooks that bring in what is not finite; laid before the tuner's own."""
 
     def bad_init(original):
-        def init(self, model, trained, *rest):
+        def init(self, model, trained):
             for parameter in model.parameters:
                 count = trained.count(parameter.name)
                 if not count or (kind == "trained" and runtime.rank() != 1):
@@ -83,7 +82,7 @@ def poison(kind: str) -> None:
                     return spoilt.view(gradient.shape)
 
                 model.by_name[parameter.name].requires_grad_(True).register_hook(spoil)
-            original(self, model, trained, *rest)
+            original(self, model, trained)
 
         return init
 
@@ -95,8 +94,7 @@ def poison(kind: str) -> None:
 
         training.Training._forward_backward = bad_loss
         return
-    for owner in (SparseTuner, DenseTuner):
-        owner.__init__ = bad_init(owner.__init__)
+    Tuner.__init__ = bad_init(Tuner.__init__)
 
 
 def drop(obligation: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from builders import build_model, byte_bpe_tokenizer
 from conftest import ROOT
 from mask_folders import write_mask
+from transformers import AutoModelForCausalLM
 
 from esi_ds.cli import main
 from esi_ds.config import Config, validate
@@ -23,11 +26,16 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_weights
 from esi_ds.models.folder import ModelSource, load_model_config, rounded_from
 from esi_ds.models.meta import meta_parameters
+from esi_ds.models.roles import describe
 from esi_ds.report.asked import asked_as
 from esi_ds.report.card import model_card
 from esi_ds.report.html import render
 from esi_ds.stages.evaluate.prepare import prepare_eval
 from esi_ds.stages.tune.prepare import describe_trained, open_mask, prepare_tuning
+from esi_ds.stages.tune.work import TuneRun
+
+sys.path.append(str(ROOT / "tests/sweep"))
+import tiny  # noqa: E402
 
 MODEL = str(ROOT / "examples/models/llama-aligned")
 
@@ -73,6 +81,33 @@ def test_every_scored_weight_trains(unscored: str) -> None:
     assert not mask.bits(scored.name).any() and trained.bits(scored.name, 3, 70).all()
     assert torch.equal(mask.data(scored.name, 1, 3), torch.zeros(2, dtype=torch.uint8))
     assert check_mask_weights(mask, "any weights", False, "tune.mask")  # it is every model's
+
+
+@pytest.mark.parametrize(("names_towers", "unscored"), [(False, "train"), (True, "freeze")])
+def test_spas_optimizer_trains_what_the_report_says(names_towers: bool, unscored: str, tmp_path: Path) -> None:
+    """Also of a model with encoders of images: rows of text give them no gradient, and weight decay would shrink them.
+    The masks of other tools may name them."""
+    tiny.tiny_config("gemma3", 300).save_pretrained(tmp_path)
+    model_config = load_model_config(ModelSource(str(tmp_path)))
+    module = AutoModelForCausalLM.from_config(model_config)
+    parameters = describe(module)
+    towers = {parameter.name for parameter in parameters if parameter.role == "tower"}
+    mask: Mask = EmptyMask(parameters)
+    if names_towers:
+        bits = {p.name: torch.zeros(p.shape, dtype=torch.bool) for p in parameters if p.scored or p.name in towers}
+        mask = Mask.load(write_mask(tmp_path, bits, total_numel=str(sum(p.numel for p in parameters))))
+    given = config(unscored=unscored, weight_decay=0.01).model_dump()
+    section = validate({**given, "model": {"path": str(tmp_path), "dtype": "fp32"}})
+    run: Any = TuneRun.__new__(TuneRun)
+    trained = describe_trained(section.model, require_tune(section), "spa", mask, model_config)
+    run.config, run.load_model = section, lambda make_optimizer: make_optimizer(module)
+    run.inputs = SimpleNamespace(stage="spa", tune=require_tune(section), trained=trained, mask=mask)
+    optimizer, make_tuner = run._load()
+    requiring = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
+    trains = {parameter.name for parameter in parameters if parameter.scored or unscored == "train"}
+    assert towers and requiring == optimizer.parameters.keys() == trains - towers
+    assert make_tuner.args == (optimizer, optimizer) and optimizer.trained is trained  # the first stands for the model
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_what_is_asked_before_and_after_is_among_a_runs_inputs(tmp_path: Path) -> None:

@@ -120,6 +120,24 @@ def test_the_same_answers_of_more_models_make_judges_agree_no_surer() -> None:
     assert ten[0]["high"] == pytest.approx(two[0]["high"]) and ten[0]["high"] >= one[0]["high"]
 
 
+def test_judges_do_not_agree_on_answers_that_neither_read() -> None:
+    """An answer without text is safe unread. A judge that reads thoughts too may have read one, or none."""
+    texts = ["Sure."] * 4 + [" \n"] * 5 + ["<think>Sure.</think>", "<think>Sure.</think>"]
+    rows = [answer("m", "bad", index, text) for index, text in enumerate(texts)]
+    said = {"j": [True, True, False, False, *[False] * 7], "k": [True, False, True, False, *[False] * 5, True, False]}
+    scores = {"j": [0.5] * 4 + [None] * 7, "k": [0.5] * 4 + [None] * 5 + [0.5] * 2}
+    verdicts = {
+        (judge, "m", "bad", index): {"unsafe": flag, "score": scores[judge][index], "reason": None}
+        for judge, flags in said.items()
+        for index, flag in enumerate(flags)
+    }
+    (row,) = agreements(answer_measures(rows, verdicts, {}, KINDS, ["j", "k"], REFUSAL_LISTS["xstest"]))
+    assert (row["num_pairs"], row["num_missing"], row["agreement"], row["kappa"]) == (4, 7, 0.5, 0.0)
+    both = {(judge, *key[1:]): stored for judge in "jk" for key, stored in verdicts.items() if key[0] == "k"}
+    (row,) = agreements(answer_measures(rows, both, {}, KINDS, ["j", "k"], REFUSAL_LISTS["xstest"]))
+    assert (row["num_pairs"], row["num_missing"]) == (6, 5)
+
+
 def test_incoherence_is_not_measured_where_it_is_switched_off() -> None:
     """The rest stays as it is, and the base model reads nothing again: none is there to be asked."""
     answers = [answer("m", "good", i, text) for i, text in enumerate(["Paris.", ""])]

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 from builders import GUARD_CHAT, PAIRS, byte_bpe_tokenizer, sentencepiece_tokenizer
-from reference import guard_ids_mid_text, token_text, vocabulary_map
+from reference import encode, guard_ids_mid_text, token_text, vocabulary_map
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
-from esi_ds.data.chat import break_up, encode_response, special_strings
+from esi_ds.data.chat import break_up, encode_response, encode_with_spans, special_strings
 from esi_ds.errors import UserError
 from esi_ds.judge import vocabulary
 from esi_ds.judge.alignment import alignment_weights
@@ -19,9 +21,25 @@ from esi_ds.judge.pairs import PairEncoder, TextBuilder, encode_text
 from esi_ds.judge.recognition import choose_family
 from esi_ds.judge.vocabulary import VocabularyMap, encode_mid_text, same_vocabulary, token_texts
 
+BEGIN = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 1)])
+TRIMMING = {
+    "byte level": lambda: processors.ByteLevel(trim_offsets=True),
+    "roberta": lambda: processors.RobertaProcessing(("<|end|>", 2), ("<|bos|>", 1), trim_offsets=True),
+    "sequence": lambda: processors.Sequence([processors.ByteLevel(trim_offsets=True), BEGIN]),
+}
+
+
+def trimming_tokenizer(kind: str = "byte level", vocab_size: int = 380) -> PreTrainedTokenizerFast:
+    """Its spans, as it says them itself, lack the blanks before words."""
+    tokenizer = byte_bpe_tokenizer(vocab_size)
+    tokenizer.backend_tokenizer.post_processor = TRIMMING[kind]()
+    return tokenizer
+
+
 TOKENIZERS = {
     "byte": byte_bpe_tokenizer,
     "byte2": lambda: byte_bpe_tokenizer(400),
+    "trimming": trimming_tokenizer,
     "piece": sentencepiece_tokenizer,
     "piece2": lambda: sentencepiece_tokenizer(420),
 }
@@ -88,6 +106,22 @@ def test_weights_of_a_guard_token_inside_the_response_add_up_to_one(model: str, 
     shares = [max(0, min(end, high) - max(start, low)) / (end - start) for start, end in encoded.spans]
     torch.testing.assert_close(weights.sum(0), torch.tensor(shares))
     assert shares.count(1.0) >= len(shares) - 2  # all but those that straddle a border
+
+
+@pytest.mark.parametrize("kind", TRIMMING)
+def test_white_space_is_in_the_span_of_its_token(kind: str) -> None:
+    """Whatever the tokenizer's own setting, which stays: it is exported with the model."""
+    plain, trimming = byte_bpe_tokenizer(), trimming_tokenizer(kind, 340)
+    text = "I am the first.\n    if  so"
+    before = trimming.backend_tokenizer.to_str()
+    assert trimming(text, return_offsets_mapping=True)["offset_mapping"] != encode(trimming, text)[1]
+    encoded = encode_with_spans(trimming, text)
+    assert (encoded["input_ids"], encoded["offset_mapping"]) == encode(trimming, text) == encode(plain, text)
+    assert trimming.backend_tokenizer.to_str() == before
+    assert encode_response(trimming, [], text) == encode_response(plain, [], text)
+    trimming.chat_template = plain.chat_template = GUARD_CHAT
+    pairs = [PairEncoder(LLAMA, tokenizer).encode("Tell me", text) for tokenizer in (trimming, plain)]
+    assert pairs[0] == pairs[1]
 
 
 def test_one_tokenizer_gives_the_identity_inside_the_response() -> None:

@@ -263,7 +263,7 @@ def test_alignment_by_hand() -> None:
 
 
 def test_trimmed_offsets_are_undone() -> None:
-    """Llama 3's post-processor takes blanks out of the spans; they belong to their tokens all the same."""
+    """RoBERTa's post-processor takes blanks out of the spans; they belong to their tokens all the same."""
     from tokenizers import processors
 
     plain, trimming = byte_bpe_tokenizer(), byte_bpe_tokenizer()

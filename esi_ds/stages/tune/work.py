@@ -106,23 +106,14 @@ class TuneRun(StageRun[TuningInputs]):
         optimizers: list[MaskedAdamW] = []
 
         def make_optimizer(module: PreTrainedModel) -> MaskedAdamW:
-            optimizer = MaskedAdamW(
-                module,
-                self.inputs.mask,
-                trained.train,
-                lr=tune.lr,
-                betas=rule.betas,
-                eps=rule.eps,
-                weight_decay=rule.weight_decay,
-                unscored=tune.unscored,
-                router=tune.router,
-                roles=self.config.model.roles,
+            optimizer = MaskedAdamW.of(
+                module, trained, lr=tune.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay
             )
             optimizers.append(optimizer)
             return optimizer
 
         model = self.load_model(make_optimizer)
-        return model, partial(DenseTuner, model, trained, optimizers[0])
+        return model, partial(DenseTuner, model, optimizers[0])
 
     def _check_batches(self, model: ShardedModel) -> None:
         """Raise UserError where a row's loss has no gradient, would be that of another text, or depend on the rows
