@@ -283,12 +283,12 @@ def write_selection(
     return Mask.load(output)
 
 
-def remark_on(mask: Mask, folder: Path, ranks: Ranks | None) -> str | None:
+def remark_on(mask: Mask, folder: Path, ranks: Ranks) -> str | None:
     """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
     header = mask.header
     if not may_lack_scores(header.order, header.scope, header.threshold):
         return None
-    ranks, scores = ranks or Ranks(), ScoreFolder(folder, "--scores")
+    scores = ScoreFolder(folder, "--scores")
     local_spans = spans(mask)[ranks.rank :: ranks.size]
     num_zero = sum(int((mask.bits(*span) & (scores.read(*span) == 0)).sum()) for span in local_spans)
     return without_score(header.criterion, int(ranks.add(torch.tensor([num_zero]))), mask.k, header.scope)

@@ -181,7 +181,7 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
     )
     if stage == "esi" and config.judge is not None and config.scores_responses and not work.judge:
         print(f"\nNOTE: judge.path = {config.judge.path}: has no readable configuration on this machine: not counted")
-    nodes, each = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((cluster.nodes, "node"), (cluster.per_node, "GPU")))
+    nodes, each = counted(cluster.nodes, "node"), counted(cluster.per_node, "GPU")
     print(f"\n{nodes} of {each}; a step has {work.tokens:,} tokens a rank at most")
     _print_table("without expert parallelism", work, stage, cluster, with_experts(settings, None))
     if chosen is not None:
