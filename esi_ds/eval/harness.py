@@ -37,21 +37,36 @@ SLICE = 16  # batches of documents that a rank answers before it meets the other
 SLICE_TOKENS = 16 * 256  # fewer where they would wait for more than this many new tokens of a row
 
 
-def run(
+def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    end_ids: Collection[int],
     prepared: Sequence[PreparedTask],
+    *,
+    end_ids: Collection[int],
     batch_size: int,
     seed: int,
-    is_chat: bool,
-    system_prompt: str | None,
-    ranks: Ranks,
-    should_stop: Callable[[], bool],
-    marks: Marks,
+    system_prompt: str | None = None,
+    ranks: Ranks | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    marks: Marks = MARKS,
 ) -> list[TaskResult]:
-    """See ``tasks.run_tasks``."""
+    """Results in the order of ``prepared``, the same on every rank; every rank must call it.
+
+    model: whole, on this rank's device. prepared: what ``prepare_tasks`` returns. end_ids: the tokens that end an
+    answer. seed: of the draw of few-shot examples; lm-eval sets the global random states of python, numpy and torch
+    to it.
+    Where the tokenizer has a chat template, few-shot examples are turns of the chat, and ``system_prompt`` is the
+    system's turn.
+    ranks: the processes that share the documents; None: this one alone. should_stop: asked between two slices.
+    marks: of thoughts. A task is given what stands outside of them, "" of a reply that ends within one.
+
+    Log-likelihoods are summed in float32, whatever the weights' type. Rounding may depend on the number of ranks and
+    on the batch size. Performs one gather per slice of a task's requests of one kind. A rank that fails makes every
+    rank fail. Raises UserError for a chat template that rejects a turn or leaves it out, and Interrupted if a rank
+    should stop; the task then has to start over.
+    """
     task_results: list[TaskResult] = []
+    is_chat, ranks = tokenizer.chat_template is not None, ranks or Ranks()
     if batch_size > 1 and any(ranks.gather(_depends_on_neighbours(model, tokenizer))):
         batch_size = 1
     with quiet(show=ranks.rank == 0), sandboxed():

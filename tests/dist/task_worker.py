@@ -10,7 +10,8 @@ from esi_ds.cli import leave
 from esi_ds.config import Task
 from esi_ds.data.chat import load_tokenizer
 from esi_ds.errors import UserError
-from esi_ds.eval.tasks import prepare_tasks, run_tasks
+from esi_ds.eval.harness import run_tasks
+from esi_ds.eval.tasks import prepare_tasks
 from esi_ds.models.folder import ModelSource
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import load_replicated

@@ -9,7 +9,6 @@ from functools import cached_property
 
 from esi_ds.data.thoughts import marks_with
 from esi_ds.eval.rows import TaskRow
-from esi_ds.eval.tasks import run_tasks
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.rows import alike_up_to, frequencies_note
@@ -150,6 +149,8 @@ class EvalRun(StageRun[EvalInputs]):
         order = [(model.name, number) for model in self.inputs.candidates for number in range(len(tasks))]
         if not order:
             return []
+        from esi_ds.eval.harness import run_tasks  # lm-eval is optional
+
         bar = tracker.progress(total=len(order), initial=len(ledger.rows), unit="task", description="tasks")
         for other in self.inputs.elsewhere:
             tracker.log(f"tasks of {other.name} are not measured: none of its weights are loaded")
