@@ -8,7 +8,7 @@ from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow
 from esi_ds.eval.tables import DIVERGENCE, TASK, is_share_metric
 from esi_ds.report import figures
-from esi_ds.report.contents import EvaluationReport, PivotRow
+from esi_ds.report.contents import CurveRow, EvaluationReport, PivotRow
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted, ends_of
 
@@ -25,8 +25,8 @@ WORDS = {
 
 def pivot(report: EvaluationReport) -> list[PivotRow]:
     """One row per measure, set and judge: every model's rate, and its paired change."""
-    cells = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in report["measures"]}
-    changed = {(row["measure"], row["set"], row["judge"], row["model"]): row for row in report["changes"]}
+    cells = {(*question_of(row), row["model"]): row for row in report["measures"]}
+    changed = {(*question_of(row), row["model"]): row for row in report["changes"]}
     names = [model["name"] for model in report["models"]]
     return [
         {
@@ -146,7 +146,7 @@ def publish(tracker: Tracker, report: EvaluationReport) -> None:
     line for each model."""
     for row in report["measures"]:
         if row["rate"] is not None:
-            title = chart_title(row["measure"], row["set"], row["judge"])
+            title = chart_title(*question_of(row))
             tracker.overview(row["n"] + row["missing"], {title: row["rate"]}, row["model"])
     publish_rates(tracker, report["measures"])
     tracker.text("rates", markdown(report))
@@ -154,6 +154,11 @@ def publish(tracker: Tracker, report: EvaluationReport) -> None:
     for title, rows in charts(report):
         figure = figures.rate_bars(title, rows, [model["name"] for model in report["models"]])
         figures.log_figure(tracker, f"rates/{title}", figure)
+
+
+def question_of(row: MeasureRow | ChangeRow | CurveRow) -> tuple[str, str, str]:
+    """(measure, set, judge): what rows of several models, or of several noises, have in common."""
+    return row["measure"], row["set"], row["judge"]
 
 
 def curve_name(measure: str, set_name: str, judge: str, model: str) -> str:
@@ -172,7 +177,7 @@ def publish_rates(tracker: Tracker, measures: Sequence[MeasureRow]) -> None:
     by_step: dict[int, dict[str, float]] = {}
     for row in measures:
         if row["rate"] is not None:
-            name = curve_name(row["measure"], row["set"], row["judge"], row["model"])
+            name = curve_name(*question_of(row), row["model"])
             by_step.setdefault(row["n"] + row["missing"], {})[name] = row["rate"]
     for step, values in sorted(by_step.items()):
         tracker.scalars(step, values)

@@ -11,7 +11,7 @@ from esi_ds.eval.rows import MeasureRow
 from esi_ds.eval.tables import task_names
 from esi_ds.report import tables
 from esi_ds.report.contents import EsiReport, EvaluationReport, PerturbationReport, Report, TuningReport
-from esi_ds.report.evaluation import WORDS, is_share, percent
+from esi_ds.report.evaluation import WORDS, is_share, percent, question_of
 from esi_ds.report.tuning import refusal_shares
 from esi_ds.words import counted
 
@@ -114,7 +114,7 @@ def _evaluation_fact(report: EvaluationReport) -> str:
     shown = [row for row in attacks if row["judge"] == judge]
     if not attacks:
         first = next(iter(report["measures"]), None)
-        shown = [row for row in report["measures"] if first and _same_question(row, first)]
+        shown = [row for row in report["measures"] if first and question_of(row) == question_of(first)]
     return "; ".join(
         f"{row['model']} {_value(row)} {WORDS[row['measure']]} ({row['set']}, {row['judge']})" for row in shown
     )
@@ -123,10 +123,6 @@ def _evaluation_fact(report: EvaluationReport) -> str:
 def _value(row: MeasureRow) -> str:
     rate = row["rate"]
     return percent(rate) if rate is None or is_share(row) else f"{rate:.4g}"
-
-
-def _same_question(row: MeasureRow, other: MeasureRow) -> bool:
-    return (row["measure"], row["set"], row["judge"]) == (other["measure"], other["set"], other["judge"])
 
 
 def facts_table(runs: Sequence[FinishedRun[Report]]) -> tuple[list[str], list[tuple[str, list[Any]]]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from esi_ds.report import figures
 from esi_ds.report.contents import CurveRow, PerturbationReport
-from esi_ds.report.evaluation import chart_title, interval, publish_rates
+from esi_ds.report.evaluation import chart_title, interval, publish_rates, question_of
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
 
@@ -17,7 +17,7 @@ def panels(report: PerturbationReport) -> list[tuple[str, list[CurveRow]]]:
     """(title, points) of every chart, one per measure, set and judge."""
     points: dict[tuple[str, str, str], list[CurveRow]] = {}
     for row in report["curves"]:
-        points.setdefault((row["measure"], row["set"], row["judge"]), []).append(row)
+        points.setdefault(question_of(row), []).append(row)
     return [(chart_title(*key), rows) for key, rows in points.items()]
 
 
@@ -46,7 +46,7 @@ def publish(tracker: Tracker, report: PerturbationReport) -> None:
     for row in report["curves"]:
         if row["rate"] is not None:
             part = f"{row['order']} {row['ratio']:g}"
-            step, title = round(per_sigma * row["noise"]), chart_title(row["measure"], row["set"], row["judge"])
+            step, title = round(per_sigma * row["noise"]), chart_title(*question_of(row))
             tracker.points(step, {f"noise/{row['measure']}/{row['set']}/{row['judge']}/{part}": row["rate"]})
             tracker.overview(step, {f"{title}, by noise in units of {1 / per_sigma:g} σ": row["rate"]}, part)
     for title, points in panels(report):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
@@ -22,7 +23,7 @@ from esi_ds.report.contents import (
     SelectionFacts,
     TuningReport,
 )
-from esi_ds.report.evaluation import is_share, p_value, percent
+from esi_ds.report.evaluation import is_share, p_value, percent, question_of
 from esi_ds.report.heat_tables import MORE_THAN
 from esi_ds.report.location import Region
 from esi_ds.report.overview import FinishedRun
@@ -214,7 +215,11 @@ def evaluation(report: EvaluationReport) -> list[str]:
     for model in report["models"]:
         parts = [
             words
-            for first, say in ((attack, _attack_success), (refusal, _over_refusal), (skill, _skill))
+            for first, say in (
+                (attack, _attack_success),
+                (refusal, partial(_change, name="refusal of benign prompts")),
+                (skill, partial(_change, name="skill")),
+            )
             if first is not None and (words := say(report, first, model["name"], model["before"]))
         ]
         if parts and (model["before"] or len(report["models"]) == 1):
@@ -253,14 +258,6 @@ def _attack_success(report: EvaluationReport, like: MeasureRow, model: str, befo
     return words
 
 
-def _over_refusal(report: EvaluationReport, like: MeasureRow, model: str, before: str | None) -> str:
-    return _change(report, like, model, before, "refusal of benign prompts")
-
-
-def _skill(report: EvaluationReport, like: MeasureRow, model: str, before: str | None) -> str:
-    return _change(report, like, model, before, "skill")
-
-
 def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str | None, name: str) -> str:
     """One rate in words, with the one before and the test where there are such; empty where it was not measured."""
     rate, earlier = _rate(report, like, model), _rate(report, like, before)
@@ -275,8 +272,7 @@ def _change(report: EvaluationReport, like: MeasureRow, model: str, before: str 
     tests = [
         row["p_value"]
         for row in report["changes"]
-        if (row["measure"], row["set"], row["judge"], row["model"], row["before"])
-        == (like["measure"], like["set"], like["judge"], model, before)
+        if (*question_of(row), row["model"], row["before"]) == (*question_of(like), model, before)
     ]
     test = ""
     if tests and tests[0] is not None and not is_same:
@@ -292,8 +288,7 @@ def perturbation(report: PerturbationReport) -> list[str]:
     first = next((row for name in NOISE_MEASURES for row in curves if row["measure"] == name), None)
     if first is None:
         return []
-    key = (first["measure"], first["set"], first["judge"])
-    rows = [row for row in curves if (row["measure"], row["set"], row["judge"]) == key and row["rate"] is not None]
+    rows = [row for row in curves if question_of(row) == question_of(first) and row["rate"] is not None]
     noise = max((row["noise"] for row in rows), default=0.0)
     strongest = [row for row in rows if row["noise"] == noise]
     ratio = max((row["ratio"] for row in strongest), default=0.0)
