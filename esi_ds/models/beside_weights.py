@@ -23,7 +23,6 @@ WEIGHTS = (
 )
 CARD = "README.md"  # tells of the other model
 FOLDERS = frozenset((".git", ".cache"))  # of a clone or a download: they hold the other weights again
-QUANTISATION = frozenset(("quantize_config.json", "quant_config.json", "hf_quant_config.json"))
 
 
 def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bool = False) -> None:
@@ -43,8 +42,7 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
             return only_missing or file.name in FOLDERS
         if only_missing and (target / file.relative_to(source)).exists():
             return True
-        is_other_format = any(fnmatch(file.name, one) for one in WEIGHTS)
-        return file == source / CARD or is_other_format or (is_quantised and file.name in QUANTISATION)
+        return file == source / CARD or any(fnmatch(file.name, one) for one in WEIGHTS)
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         return {name for name in names if is_left_out(Path(folder, name))}
