@@ -25,7 +25,7 @@ import lm_eval.utils
 import pyarrow.parquet
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer
+from builders import build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -396,6 +396,14 @@ def test_tasks_inherit_no_default_of_a_model(says_18, tmp_path, defaults) -> Non
     (tmp_path / "model/generation_config.json").write_text(json.dumps(defaults))
     rows = [{"question": "How many?", "answer": "#### 18"}]
     strict, _ = run(tmp_path / "model", Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", rows), num_fewshot=0))
+    assert strict.correct == (True,)
+
+
+def test_a_task_reads_the_head_that_the_checkpoint_has(says_18, tmp_path) -> None:
+    """Although the config says that it is the embedding, which would repeat the prompt's last token."""
+    folder = claim_tied(Path(copytree(says_18, tmp_path / "model")), "own")
+    rows = [{"question": "How many?", "answer": "#### 18"}]
+    strict, _ = run(folder, Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", rows), num_fewshot=0))
     assert strict.correct == (True,)
 
 
