@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ CASES = {
     "500": 500,
     "503 once": 503,
     "429 once": 429,
+    "no credit": (429, b'{"error": {"code": "insufficient_quota", "message": "check your plan and billing details"}}'),
     "400": 400,
     "401": 401,
     "302": 302,
@@ -152,6 +154,10 @@ class Judge(BaseHTTPRequestHandler):
         if case == "drop":
             self.close_connection = True
             return self.connection.close()
+        if case == "limited" and not self.server.admits():
+            return self.send(429, b"slow down")
+        if case == "lifts the limit":
+            self.server.interval = self.server.free_at = 0.0
         if case == "slow":
             self.pause(0.1)
         if case == "together":
@@ -181,7 +187,7 @@ class Judge(BaseHTTPRequestHandler):
         self.send_response(status)
         if encoding:
             self.send_header("Content-Encoding", encoding)
-        if status == 429:
+        if status == 429 and self.server.interval == 0:
             self.send_header("Retry-After", "1")
         if status == 302:
             self.send_header("Location", "/elsewhere")
@@ -195,6 +201,13 @@ class Judge(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 128
+    interval = free_at = 0.0  # seconds between two "limited" requests that are answered, and when the next one is
+
+    def admits(self) -> bool:
+        with self.lock:
+            is_free = (now := time.monotonic()) >= self.free_at
+            self.free_at = now + self.interval if is_free else self.free_at
+        return is_free
 
     def handle_error(self, request, client_address) -> None:
         pass  # clients that went away are the point of some tests

@@ -131,7 +131,9 @@ class EndpointLimits(Section):
     item_timeout: float = Field(
         300.0, gt=0, le=MAX_TIMEOUT_S, description="How long one question may take with all its attempts, in seconds."
     )
-    max_attempts: int = Field(5, ge=1, description="How many times a question is tried.")
+    max_attempts: int = Field(
+        5, ge=1, description="How many times a question is tried, not counting what a busy server refuses."
+    )
     extra: dict[str, Any] = Field(
         {}, description="More keys for the request's body; null removes one, such as temperature or max_tokens."
     )

@@ -29,6 +29,9 @@ BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
 # Transient failures: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
 TRANSIENT = {408, 409, 425, 429}
+# The server takes no question for now: it limits the asker's rate, or is overloaded. Such a refusal is no attempt.
+BUSY = {429, 503, 529}
+NO_CREDIT = b"insufficient_quota"  # of OpenAI's 429 that no pause overcomes
 # Refusals of one question (too long) while others get replies; a wrong key or model refuses them all.
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
@@ -49,12 +52,16 @@ MODERATED = re.compile(
 )
 SAYS_FILTERED = {400: FILTERS, 403: MODERATED, 422: FILTERS, 451: MODERATED}
 OF_THE_ASKER = re.compile(rb"account|organi[sz]ation|api.?key|suspend|deactivat|terminat|permission|billing", re.I)
-# What an error that is sent as HTTP 200 says, without a number, where it may pass.
-PASSING = re.compile(rb"rate.?limit|overload|timeout|timed out|unavailable|try again|internal", re.I)
+# What an error that is sent as HTTP 200 says, without a number, where it may pass: 503 and 500.
+PASSING = {
+    503: re.compile(rb"rate.?limit|overload|unavailable|try again", re.I),
+    500: re.compile(rb"timeout|timed out|internal", re.I),
+}
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
 POLL_S = 0.25  # between two checks whether to stop
 NO_TEXT = "the reply has no text"
+ONCE_IT_WORKS = "once it works (with a lower concurrency if it limits the rate)"  # in remedies
 EXCERPT = 200  # characters of an error's body that a message shows
 
 
@@ -62,8 +69,9 @@ EXCERPT = 200  # characters of an error's body that a message shows
 class Endpoint:
     """Where a model is asked, and how long to wait for it. Times are in seconds.
 
-    item_timeout bounds a question with all its attempts and pauses, from its first attempt. give_up_after: after so
-    many questions in a row without a reply the endpoint counts as down, and the rest are not asked.
+    item_timeout bounds a question with all its attempts and pauses, from its first attempt. max_attempts does not count
+    what a busy server refuses. give_up_after: after so many questions in a row without a reply the endpoint counts
+    as down, and the rest are not asked.
     extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
     keeps_cut: whether a reply is the model's own answer, which counts if it is empty or was cut at ``max_tokens``; of a
     judge's it would not be known what it was to say.
@@ -146,7 +154,8 @@ class Endpoint:
 class Reply:
     """A reply's text, or the problem that prevented one, and what was used either way.
 
-    asked: False if the question was not asked, or not to the end. is_alive: whether the endpoint answered at all, if
+    asked: False if the question was not asked, or not to the end, or if the server was too busy for it to the end, or
+    could not be reached: nothing is known of the question itself. is_alive: whether the endpoint answered at all, if
     only with a refusal. is_cut: whether the text ends at ``max_tokens``. model: which one replied, in its own words.
     """
 
@@ -175,11 +184,14 @@ class Patience:
 
 
 class _Transient(Exception):
-    """A failure that another attempt may overcome; ``pause``: seconds the server asks for."""
+    """A failure that another attempt may overcome.
 
-    def __init__(self, problem: str, pause: float = 0.0):
+    pause: seconds the server asks for. is_busy: it takes no question for now. was_asked: as of ``Reply``.
+    """
+
+    def __init__(self, problem: str, pause: float = 0.0, is_busy: bool = False, was_asked: bool = True):
         super().__init__(problem)
-        self.pause = pause
+        self.pause, self.is_busy, self.was_asked = pause, is_busy, was_asked and not is_busy
 
 
 def ask_all(
@@ -193,9 +205,8 @@ def ask_all(
 
     texts: of the user, each alone or with the system's: (user, system); or the turns of a chat. patience: pass the same
     one if the questions come in several calls, to count failures over all of them. seeds: what a server that samples is
-    to begin each reply with; None sends none. A question that is not asked, or not to the end, has a reply with
-    ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes at most
-    ⌈texts / concurrency⌉ · item_timeout seconds.
+    to begin each reply with; None sends none. ``on_reply`` is not called for questions that ``should_stop`` ends. Takes
+    at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
     questions = [endpoint.body(*text) if isinstance(text, tuple) else endpoint.body(text) for text in texts]
     if seeds is not None and "seed" not in endpoint.extra:  # null there: the server takes none
@@ -278,19 +289,22 @@ async def _ask_some(
 async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[Reply, int | None]:
     """The reply and its HTTP status; None if every attempt failed or time ran out. A refusal of what the question holds
     has 200: the endpoint works."""
-    problems: list[str] = []  # one for each failed attempt
+    failures: list[_Transient] = []
     try:
-        status, body = await asyncio.wait_for(_attempts(endpoint, client, question, problems), endpoint.item_timeout)
+        status, body = await asyncio.wait_for(_attempts(endpoint, client, question, failures), endpoint.item_timeout)
     except asyncio.TimeoutError:
-        last = f" (before: {problems[-1]})" if problems else ""
-        num_requests = min(len(problems) + 1, endpoint.max_attempts)
-        return Reply(None, f"no reply within {endpoint.item_timeout:g} s{last}", num_requests=num_requests), None
+        problem, was_asked = f"no reply within {endpoint.item_timeout:g} s", True
+        if failures:
+            problem, was_asked = f"{problem} (before: {failures[-1]})", failures[-1].was_asked
+        return Reply(None, problem, num_requests=len(failures) + 1, asked=was_asked), None
     except _Transient as failure:
-        return Reply(None, f"{failure}, {len(problems)} attempts", num_requests=len(problems)), None
-    num_requests = len(problems) + 1
+        problem = f"{failure}, {len(failures)} attempts"
+        return Reply(None, problem, num_requests=len(failures), asked=failure.was_asked), None
+    num_requests = len(failures) + 1
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
-        return Reply(None, problem, num_requests=num_requests), 200 if _is_moderated(status, body) else status
+        refusal = Reply(None, problem, num_requests=num_requests, asked=status not in BUSY)
+        return refusal, 200 if _is_moderated(status, body) else status
     reply = read_completion(body, num_requests, endpoint.key, endpoint.keeps_cut)
     if not reply.text or not endpoint.key:
         return reply, status
@@ -302,19 +316,20 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -
 
 
 async def _attempts(
-    endpoint: Endpoint, client: httpx2.AsyncClient, question: Body, problems: list[str]
+    endpoint: Endpoint, client: httpx2.AsyncClient, question: Body, failures: list[_Transient]
 ) -> tuple[int, bytes]:
     """Status and body of the first answer that is not transient. Raises the last attempt's _Transient."""
+    backoff = endpoint.backoff
     while True:
         try:
             return await _request(endpoint, client, question)
         except _Transient as failure:
-            problems.append(str(failure))
-            if len(problems) >= endpoint.max_attempts:
+            failures.append(failure)
+            if sum(not failure.is_busy for failure in failures) >= endpoint.max_attempts:
                 raise
-            # Random, so that the workers do not all ask again at once.
-            pause = endpoint.backoff * 2 ** (len(problems) - 1) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(max(pause, failure.pause), endpoint.max_backoff))
+            # Random, so that the workers do not all ask again at once, also after a time that the server names.
+            await asyncio.sleep(failure.pause + min(backoff, endpoint.max_backoff) * random.uniform(0.5, 1.5))
+            backoff *= 2
 
 
 async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[int, bytes]:
@@ -324,14 +339,16 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
     except asyncio.TimeoutError as error:
         raise _Transient(f"timeout after {endpoint.request_timeout:g} s") from error
     except httpx2.HTTPError as error:
-        raise _Transient(remove_key(f"{type(error).__name__}: {error}", endpoint.key)) from error
+        was_asked = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+        problem = remove_key(f"{type(error).__name__}: {error}", endpoint.key)
+        raise _Transient(problem, was_asked=was_asked) from error
     except zlib.error as error:
         raise _Transient(f"the reply cannot be decompressed: {error}") from error
     told = _told_status(body) if status == 200 else None
     meant = told or status
-    if meant in TRANSIENT or meant >= 500:
+    if (meant in TRANSIENT or meant >= 500) and not (meant in BUSY and NO_CREDIT in body):
         words = f", which says: {_excerpt(body, endpoint.key)}" if told else ""
-        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")))
+        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")), meant in BUSY)
     return meant, body
 
 
@@ -343,7 +360,7 @@ def _is_moderated(status: int, body: bytes) -> bool:
 
 def _told_status(body: bytes) -> int | None:
     """The status that a reply with HTTP 200 should have had, as routers pass on errors of the server behind them, and
-    engines that give a request up; None where it is a completion, or nothing that is known. 500: it may pass."""
+    engines that give a request up; None where it is a completion, or nothing that is known."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -353,8 +370,8 @@ def _told_status(body: bytes) -> int | None:
     if (error := content.get("error")) and not content.get("choices"):
         code = str(error.get("code")) if isinstance(error, dict) else ""
         if code.isdecimal() and len(code) <= 3:  # Python reads no number of thousands of digits
-            return int(code) if 400 <= int(code) < 500 else 500
-        return 500 if PASSING.search(body) else 400
+            return int(code) if 400 <= int(code) < 600 else 500
+        return next((status for status, words in PASSING.items() if words.search(body)), 400)
     choice = _first_choice(content)
     return 500 if choice is not None and _reason(choice) in BROKEN_OFF else None
 
