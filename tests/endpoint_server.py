@@ -102,6 +102,11 @@ CASES = {
     "suspended": (403, b"your account has been flagged and suspended for prompts that violate our policy"),
     "flagged": (403, b"the input was flagged by moderation"),
     "content filter": (400, b'{"error": {"message": "Please modify it and retry.", "code": "content_filter"}}'),
+    "risk": (400, b'{"error": {"message": "Content Exists Risk", "type": "invalid_request_error"}}'),
+    "code 1301": (
+        400,
+        '{"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或敏感内容"}}'.encode(),
+    ),
     "schema": (400, b'{"error": {"message": "The request violates the schema: messages.0.name is not allowed"}}'),
     "500": 500,
     "503 once": 503,

@@ -41,12 +41,20 @@ MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger coun
 # shorter key is a placeholder, not a secret.
 KEY_RUN = 6
 MIN_KEY = 16  # characters of a key that is looked for in answers: shorter ones are words
-# How servers say in a reply that they, and not the model, ended it: by a filter, or because something went wrong.
-FILTERED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
-BROKEN_OFF = {"abort", "error", "cancelled"}
+# How servers say in a reply (finish_reason; gateways pass on Gemini's, Anthropic's and Bedrock's own) that the model
+# ended it, or its longest length; and that they did: by a filter, or because something went wrong.
+WHOLE = {"none", "", "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "tool_calls", "function_call"}
+CUT = {"length", "max_tokens", "max_length", "model_length", "model_context_window_exceeded"}
+FILTERED = {"content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
+FILTERED |= {"image_safety", "sensitive", "guardrail_intervened", "refusal"}
+BROKEN_OFF = {"abort", "error", "cancelled", "timeout", "network_error", "insufficient_system_resource"}
 # What a refusal says that is of the question's content, and what one of the asker says. A malformed request is refused
 # with 400 or 422, too, and may "violate" a schema: there the words must be a filter's own.
-FILTERS = re.compile(rb"content.?(filter|management|polic)|moderat|flagged|data.?inspection|inappropriate", re.I)
+FILTERS = re.compile(
+    rb"content.?(filter|management|polic|exists.?risk)|moderat|flagged|data.?inspection|inappropriate"
+    rb'|sensitive.?(word|content)|"1301"',  # 1301: GLM, whose words are Chinese
+    re.I,
+)
 MODERATED = re.compile(
     rb"(input|prompt|content|message|request).{0,80}(flagged|moderat|violat|filter|polic)", re.I | re.S
 )
@@ -401,8 +409,8 @@ async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) 
 
 
 def _seconds(retry_after: str) -> float:
-    """A Retry-After in seconds; 0 for its other form, a date, which the back-off covers."""
-    return float(retry_after) if retry_after.isdecimal() else 0.0
+    """A Retry-After in seconds, of which some gateways send fractions; 0 for a date, which the back-off covers."""
+    return float(retry_after) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", retry_after) else 0.0
 
 
 def remove_key(text: str, key: str | None) -> str:
@@ -459,22 +467,25 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
     message = message if isinstance(message, dict) else {}
     if (reason := _reason(choice)) in FILTERED:
         return reply(None, f"the server's filter ended the reply ({reason})")
-    is_cut = choice.get("finish_reason") == "length"
-    text = _whole_text(message, is_cut) if keeps_cut else _parts(message.get("content"))[1]
-    if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
-        return reply(None, "the reply was cut before its answer began" if keeps_cut and is_cut else NO_TEXT)
+    is_whole, is_cut = reason in WHOLE, reason in CUT
+    text = _whole_text(message, is_whole) if keeps_cut else _parts(message.get("content"))[1]
+    if not isinstance(text, str) or not (text.strip() or (keeps_cut and is_whole)):
+        if is_whole or (is_cut and not keeps_cut):
+            return reply(None, NO_TEXT)
+        ended = f"the server ended the reply ({_excerpt(reason.encode(errors='replace'), key)})"
+        return reply(None, "the reply was cut before its answer began" if is_cut else ended)
     # A judge's reply that was cut off may end anywhere, even inside a quotation.
     return reply(None, "the reply was cut off") if is_cut and not keeps_cut else reply(text, is_cut=is_cut)
 
 
-def _whole_text(message: Mapping[str, Any], is_cut: bool) -> str | None:
+def _whole_text(message: Mapping[str, Any], is_whole: bool) -> str | None:
     """A model's own answer behind its thought, which some servers give apart; None if there is neither."""
     thought, text = _parts(message.get("content"))
     if text is None and isinstance(refusal := message.get("refusal"), str):  # OpenAI's models refuse apart
         text = refusal
     apart = [thought, *(message.get(name) for name in REASONING_KEYS)]
     thoughts = [thought for thought in apart if isinstance(thought, str) and thought.strip()]
-    if thoughts and is_cut and not (text or "").strip():
+    if thoughts and not is_whole and not (text or "").strip():
         text = None  # it ends within its thought
     return whole_response(thoughts[0] if thoughts else None, text)
 

@@ -13,7 +13,7 @@ from test_served_models import ask, model_at
 
 from esi_ds.config import EvalRubric
 from esi_ds.errors import UserError
-from esi_ds.eval.endpoint import ask_all
+from esi_ds.eval.endpoint import _seconds, ask_all
 from esi_ds.eval.rows import VerdictRow
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint
@@ -67,6 +67,23 @@ def test_a_file_of_answers_is_filled_at_the_end_of_the_same_start(server: Server
     options = "--concurrency", "1", "--item-timeout", "1.5"
     assert ask_for_file(server, tmp_path, ["limited", "lifts the limit"], *options) == 0
     assert [row["response"] for row in rows_of(tmp_path)] == ["#thescore: 5"] * 2
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7),
+        ("6.5", 6.5),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0),
+        ("", 0),
+        ("-1", 0),
+        ("inf", 0),
+        ("1e9", 0),
+        ("²", 0),
+    ],
+)
+def test_retry_after_may_have_a_fraction(header: str, seconds: float) -> None:
+    assert _seconds(header) == seconds
 
 
 def test_a_server_out_of_reach_has_heard_no_question(server: Server, tmp_path: Path) -> None:
