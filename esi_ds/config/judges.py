@@ -67,7 +67,9 @@ class ClassifierModel(JudgeModel):
     kind: Literal["classifier"] = Field(description="The judge is a sequence classifier.")
     template: str = Field(description="The text it reads, with {response} and usually {prompt}.")
     unsafe_labels: list[str | int] | None = Field(
-        None, description="Names or indices of the labels that mean unsafe; null means all (multi-label models only)."
+        None,
+        description="Names or indices of the labels that mean unsafe; null means all (multi-label models only). A "
+        "single output must be named: that of a reward model means the opposite.",
     )
     multi_label: bool | None = Field(
         None, description="Whether each label is judged by itself (sigmoid); null means as the model's config says."
