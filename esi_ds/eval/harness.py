@@ -72,6 +72,7 @@ def run(
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
+                confirm_run_unsafe_code=task.config.trust_remote_code,
             )
             # lm-eval returns None on ranks whose LOCAL_RANK is not 0.
             task_results += ranks.gather(outcome and results(outcome, task, lm.counts, is_chat))[0]

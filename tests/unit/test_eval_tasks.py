@@ -745,6 +745,20 @@ def test_templates_are_sandboxed(folder, tmp_path, monkeypatch, template: str) -
     assert lm_eval.utils.env is usual
 
 
+def test_a_task_that_lm_eval_would_not_run_is_refused_before_anything_is(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data, own = write(tmp_path / "texts.jsonl", [{"text": "boat"}]), tmp_path / "own.yaml"
+    plain = YAML % (data, tmp_path / "cache", "{{text}}:")
+    own.write_text(f"{plain}doc_to_image: [text]\n")
+    assert "own.yaml: needs images or sound" in refusal(Task(name=str(own)))
+    own.write_text(f"{plain}unsafe_code: true\n")
+    (result,) = run(folder, Task(name=str(own), trust_remote_code=True))
+    assert result.n == 1
+    definition = harness_tasks.TaskManager(include_defaults=False).load([str(own)])["tasks"]["own"]
+    with pytest.raises(UserError, match=r"f\.name = mbpp: runs code that the model writes; set f\.trust_remote_code"):
+        harness_tasks._check_runs(definition, Task(name="mbpp"), "f")
+
+
 def as_table(folder: Path, suffix: str, texts: list[str]) -> Path:
     """A data file of one column ``text``."""
     file = folder / f"texts.{suffix}"
