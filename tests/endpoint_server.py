@@ -193,7 +193,7 @@ class Judge(BaseHTTPRequestHandler):
         if encoding:
             self.send_header("Content-Encoding", encoding)
         if status == 429 and self.server.interval == 0:
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", self.server.retry_after)
         if status == 302:
             self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", str(len(body)))
@@ -206,6 +206,7 @@ class Judge(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 128
+    retry_after = "1"
     interval = free_at = 0.0  # seconds between two "limited" requests that are answered, and when the next one is
 
     def admits(self) -> bool:

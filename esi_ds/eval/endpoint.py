@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -326,17 +327,20 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -
 async def _attempts(
     endpoint: Endpoint, client: httpx2.AsyncClient, question: Body, failures: list[_Transient]
 ) -> tuple[int, bytes]:
-    """Status and body of the first answer that is not transient. Raises the last attempt's _Transient."""
-    backoff = endpoint.backoff
+    """Status and body of the first answer that is not transient. Raises the last attempt's _Transient, at once where
+    ``item_timeout`` leaves no time for another: before Python 3.12, wait_for may lose the cancellation at its end."""
+    backoff, deadline = endpoint.backoff, time.monotonic() + endpoint.item_timeout
     while True:
         try:
             return await _request(endpoint, client, question)
         except _Transient as failure:
             failures.append(failure)
-            if sum(not failure.is_busy for failure in failures) >= endpoint.max_attempts:
-                raise
             # Random, so that the workers do not all ask again at once, also after a time that the server names.
-            await asyncio.sleep(failure.pause + min(backoff, endpoint.max_backoff) * random.uniform(0.5, 1.5))
+            pause = failure.pause + min(backoff, endpoint.max_backoff) * random.uniform(0.5, 1.5)
+            num_attempts = sum(not failure.is_busy for failure in failures)
+            if num_attempts >= endpoint.max_attempts or time.monotonic() + pause >= deadline:
+                raise
+            await asyncio.sleep(pause)
             backoff *= 2
 
 

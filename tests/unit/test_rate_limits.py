@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
+import time
 from pathlib import Path
 
+import httpx2
 import pytest
 from endpoint_server import CASES, Server
 from test_ask import ask as ask_for_file
@@ -13,7 +17,7 @@ from test_served_models import ask, model_at
 
 from esi_ds.config import EvalRubric
 from esi_ds.errors import UserError
-from esi_ds.eval.endpoint import _seconds, ask_all
+from esi_ds.eval.endpoint import _attempts, _seconds, _Transient, ask_all
 from esi_ds.eval.rows import VerdictRow
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, judge_all
 from esi_ds.stages.evaluate.prepare import PreparedEndpoint
@@ -33,7 +37,7 @@ def test_what_the_server_was_too_busy_for_is_asked_at_the_end_and_by_the_next_st
 ) -> None:
     server.interval, server.free_at = 1.0, math.inf
     model = model_at(server, item_timeout=0.3, concurrency=1)
-    problem = r"no answer to 1 prompt \(the last: no reply within 0.3 s \(before: HTTP 429\)\).* a lower concurrency"
+    problem = r"no answer to 1 prompt \(the last: .*HTTP 429.*\); .* a lower concurrency"
     with pytest.raises(UserError, match=problem):
         ask(model, tmp_path, ["one", "limited", "one", "400"])
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3  # between two replies, too
@@ -56,7 +60,7 @@ def test_a_judge_that_limits_the_rate_leaves_verdicts_to_the_next_start(server: 
     server.interval, server.free_at = 1.0, math.inf
     assert [row["index"] for row in judged("one", "limited", "five")] == [0, 2]
     log = (tmp_path / "log.txt").read_text()
-    assert "no verdict on 1 answer (the endpoint's last problem: no reply within 0.3 s (before: HTTP 429))" in log
+    assert re.search(r"no verdict on 1 answer \(the endpoint's last problem: .*HTTP 429", log)
     assert "manifest.json and start again once it works (with a lower concurrency if it limits the rate)" in log
     server.free_at = 0.0
     assert [row["index"] for row in judged("one", "limited", "five")] == [0, 2, 1]
@@ -84,6 +88,27 @@ def test_a_file_of_answers_is_filled_at_the_end_of_the_same_start(server: Server
 )
 def test_retry_after_may_have_a_fraction(header: str, seconds: float) -> None:
     assert _seconds(header) == seconds
+
+
+def test_a_limit_that_outlasts_the_question_is_not_waited_for(server: Server, monkeypatch) -> None:
+    monkeypatch.setitem(CASES, "tomorrow", (429, b"no more today"))
+    monkeypatch.setattr(Server, "retry_after", "86400")
+    start = time.monotonic()
+    (reply,) = ask_all(model_at(server, item_timeout=60.0).endpoint, ["CASE tomorrow;"])
+    assert time.monotonic() - start < 30 and reply.problem == "HTTP 429, 1 attempts" and not reply.asked
+
+
+def test_asking_a_busy_server_ends_without_being_cancelled(server: Server) -> None:
+    """A cancellation that comes as a reply does may be lost, and no number of attempts would end it."""
+    server.interval, server.free_at = 1.0, math.inf
+    endpoint = model_at(server, item_timeout=0.3).endpoint
+
+    async def attempts() -> None:
+        async with httpx2.AsyncClient() as client:
+            await asyncio.wait_for(_attempts(endpoint, client, endpoint.body("CASE limited;"), []), 20)
+
+    with pytest.raises(_Transient, match="HTTP 429"):
+        asyncio.run(attempts())
 
 
 def test_a_server_out_of_reach_has_heard_no_question(server: Server, tmp_path: Path) -> None:
