@@ -193,6 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--base-url", required=True, help="an OpenAI-compatible server, such as http://localhost:8000/v1"
     )
     parser.add_argument("--model", required=True, help="the model's name on the server")
+    parser.add_argument("--replies-as", help="its name in the server's replies, if a gateway replies with another one")
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in data.prompts")
     parser.add_argument("--name", help="configuration of a hub data set (its default)")
     parser.add_argument("--split", help="split of a hub data set (train)")
@@ -219,15 +220,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     """The endpoint that the arguments name. Raises UserError."""
-    limits: dict[str, Any] = {"extra": _extra_of(arguments)}
-    for name in ("max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
-        limits[name] = getattr(arguments, name)
-    for name, value in {**limits, "samples": arguments.samples}.items():
-        if name != "extra" and not value > 0:
+    limits: dict[str, Any] = {"extra": _extra_of(arguments), "replies_as": arguments.replies_as}
+    for name in ("samples", "max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
+        limits[name] = value = getattr(arguments, name)
+        if not value > 0:
             raise UserError(f"--{name.replace('_', '-')}", value, "is not above 0", "give a larger number")
         if name.endswith("timeout") and not value <= MAX_TIMEOUT_S:
             remedy = f"give at most {MAX_TIMEOUT_S:,} seconds"
             raise UserError(f"--{name.replace('_', '-')}", value, "is too long", remedy)
+    del limits["samples"]
     fields = "--base-url", "--key-variable"
     return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)
 

@@ -82,6 +82,7 @@ class Endpoint:
     what a busy server refuses. give_up_after: after so many questions in a row without a reply the endpoint counts
     as down, and the rest are not asked.
     extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
+    replies_as: what the model is called in its replies, if that is not ``model``, as behind a gateway.
     keeps_cut: whether a reply is the model's own answer, which counts if it is empty or was cut at ``max_tokens``; of a
     judge's it would not be known what it was to say.
     Raises ValueError for limits under which nothing could be asked.
@@ -100,6 +101,7 @@ class Endpoint:
     give_up_after: int = 20
     extra: Mapping[str, Any] = field(default_factory=dict)
     keeps_cut: bool = False
+    replies_as: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("request_timeout", "item_timeout", "max_attempts", "concurrency", "give_up_after"):

@@ -22,7 +22,7 @@ from esi_ds.words import counted
 from esi_ds.zero import runtime
 
 ANSWERS = "answers.jsonl"
-ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
+ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra", "replies_as"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """In place of the weights': what is known of them."""
-        return f"endpoint:{self.endpoint.model}"
+        name = self.endpoint.replies_as
+        return f"endpoint:{self.endpoint.model}" + (f" as {name}" if name else "")
 
 
 class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):

@@ -174,6 +174,21 @@ def test_another_model_stops_the_run(server: Server, tmp_path: Path) -> None:
     assert not (tmp_path / "answers.jsonl").exists()
 
 
+def test_a_gateway_may_have_a_name_of_its_own(server: Server, tmp_path: Path) -> None:
+    """As Azure's deployments: its list and its replies name what is behind it."""
+    server.models = ["other"]
+    model = model_at(server, concurrency=1, replies_as="other")
+    with pytest.raises(
+        UserError, match=r"model = m: .*calls itself third; .* set eval\.models\.0\.endpoint\.replies_as$"
+    ):
+        ask(model, tmp_path, ["model other", "model third"])
+    rows = ask(model, tmp_path, ["model other", "one"])
+    assert [row["response"] is None for row in rows] == [False, False]
+    assert model.fingerprint == "endpoint:m as other" and model_at(server).fingerprint == "endpoint:m"
+    section = require_eval(validate(config(replies_as="other"))).models[0].endpoint
+    assert section is not None and ServedModel.of(section, "f", 9, MODEL).endpoint.replies_as == "other"
+
+
 def test_what_a_server_calls_a_model_is_one_line() -> None:
     """It stands in the log, where a line that begins with "error: " tells Slurm's script that the job failed."""
     assert read_completion(json.dumps(completion("x", model="a\nerror: b")).encode()).model == "a error: b"
