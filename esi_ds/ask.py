@@ -28,7 +28,7 @@ from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
 from esi_ds.eval.asking import ask_prompts, asked_of, check_served
-from esi_ds.eval.endpoint import Endpoint, Patience, Reply
+from esi_ds.eval.endpoint import ONCE_IT_WORKS, Endpoint, Patience, Reply
 from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
 from esi_ds.terminal import clean_output, help_text
@@ -127,12 +127,16 @@ def _ask(
     asked = asked_of(endpoint, system_prompt, seed)
     rows = {_key(row): row for row in _rows_on_disk(output, asked)}
     wanted = {_key(question): question for question in questions}
-    waiting = [key for key in wanted if key not in rows]
-    if waiting:
+    if any(key not in rows for key in wanted):
         check_served(endpoint, "--model", "--base-url")
+    # Where it has replied before, what it refuses now is the question's fault, even if all that are left are so.
+    patience = Patience(was_alive=any(row["response"] is not None for row in rows.values()))
+    last = ""
 
     def keep(index: int, reply: Reply) -> None:
-        if not reply.asked or not reply.is_alive:
+        nonlocal last
+        if not reply.is_alive:
+            last = (reply.problem or "") if reply.num_requests else last
             return
         key = waiting[index]
         rows[key] = {
@@ -144,11 +148,11 @@ def _ask(
         }
         append_jsonl(output, [rows[key]])
 
-    prompts = [wanted[key]["prompt"] for key in waiting]
-    seeds = None if seed is None else [_seed_of(seed, wanted[key]) for key in waiting]
-    # Where it has replied before, what it refuses now is the question's fault, even if all that are left are so.
-    patience = Patience(was_alive=any(row["response"] is not None for row in rows.values()))
-    replies = ask_prompts(endpoint, prompts, system_prompt, keep, patience, "--model", seeds)
+    for _ in range(2):  # once more what it did not reply to, now that the others are answered
+        waiting = [key for key in wanted if key not in rows]
+        prompts = [wanted[key]["prompt"] for key in waiting]
+        seeds = None if seed is None else [_seed_of(seed, wanted[key]) for key in waiting]
+        ask_prompts(endpoint, prompts, system_prompt, keep, patience, "--model", seeds)
     kept = [rows[key] for key in wanted if key in rows]
     others = [row for key, row in rows.items() if key not in wanted]
     write_text_atomic(output, jsonl([*kept, *others]))  # in the order of the prompts, whenever each reply came
@@ -156,9 +160,8 @@ def _ask(
     say(f"{output}: {len(kept)} of {counted(len(wanted), 'answer')}; {num_cut} cut at {endpoint.max_tokens} tokens, "
         f"{num_refused} without a response")  # fmt: skip
     if len(kept) < len(wanted):
-        last = next(reply.problem for reply in reversed(replies) if reply.asked and not reply.is_alive)
         problem = f"has no answer to {counted(len(wanted) - len(kept), 'question')} (the last: {last})"
-        raise UserError(OUTPUT, str(output), problem, "start again once the endpoint replies: they are asked anew")
+        raise UserError(OUTPUT, str(output), problem, f"start again {ONCE_IT_WORKS}: they are asked anew")
 
 
 def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:
@@ -190,6 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--base-url", required=True, help="an OpenAI-compatible server, such as http://localhost:8000/v1"
     )
     parser.add_argument("--model", required=True, help="the model's name on the server")
+    parser.add_argument("--replies-as", help="its name in the server's replies, if a gateway replies with another one")
     parser.add_argument("--prompts", required=True, help="a file, a hub id or a built-in set, as in data.prompts")
     parser.add_argument("--name", help="configuration of a hub data set (its default)")
     parser.add_argument("--split", help="split of a hub data set (train)")
@@ -216,15 +220,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def endpoint_of(arguments: argparse.Namespace) -> Endpoint:
     """The endpoint that the arguments name. Raises UserError."""
-    limits: dict[str, Any] = {"extra": _extra_of(arguments)}
-    for name in ("max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
-        limits[name] = getattr(arguments, name)
-    for name, value in {**limits, "samples": arguments.samples}.items():
-        if name != "extra" and not value > 0:
+    limits: dict[str, Any] = {"extra": _extra_of(arguments), "replies_as": arguments.replies_as}
+    for name in ("samples", "max_tokens", "concurrency", "request_timeout", "item_timeout", "max_attempts"):
+        limits[name] = value = getattr(arguments, name)
+        if not value > 0:
             raise UserError(f"--{name.replace('_', '-')}", value, "is not above 0", "give a larger number")
         if name.endswith("timeout") and not value <= MAX_TIMEOUT_S:
             remedy = f"give at most {MAX_TIMEOUT_S:,} seconds"
             raise UserError(f"--{name.replace('_', '-')}", value, "is too long", remedy)
+    del limits["samples"]
     fields = "--base-url", "--key-variable"
     return Endpoint.at(arguments.model, arguments.base_url, arguments.key_variable, fields, **limits)
 

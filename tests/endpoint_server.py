@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -101,10 +102,16 @@ CASES = {
     "suspended": (403, b"your account has been flagged and suspended for prompts that violate our policy"),
     "flagged": (403, b"the input was flagged by moderation"),
     "content filter": (400, b'{"error": {"message": "Please modify it and retry.", "code": "content_filter"}}'),
+    "risk": (400, b'{"error": {"message": "Content Exists Risk", "type": "invalid_request_error"}}'),
+    "code 1301": (
+        400,
+        '{"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或敏感内容"}}'.encode(),
+    ),
     "schema": (400, b'{"error": {"message": "The request violates the schema: messages.0.name is not allowed"}}'),
     "500": 500,
     "503 once": 503,
     "429 once": 429,
+    "no credit": (429, b'{"error": {"code": "insufficient_quota", "message": "check your plan and billing details"}}'),
     "400": 400,
     "401": 401,
     "302": 302,
@@ -152,6 +159,10 @@ class Judge(BaseHTTPRequestHandler):
         if case == "drop":
             self.close_connection = True
             return self.connection.close()
+        if case == "limited" and not self.server.admits():
+            return self.send(429, b"slow down")
+        if case == "lifts the limit":
+            self.server.interval = self.server.free_at = 0.0
         if case == "slow":
             self.pause(0.1)
         if case == "together":
@@ -181,8 +192,8 @@ class Judge(BaseHTTPRequestHandler):
         self.send_response(status)
         if encoding:
             self.send_header("Content-Encoding", encoding)
-        if status == 429:
-            self.send_header("Retry-After", "1")
+        if status == 429 and self.server.interval == 0:
+            self.send_header("Retry-After", self.server.retry_after)
         if status == 302:
             self.send_header("Location", "/elsewhere")
         self.send_header("Content-Length", str(len(body)))
@@ -195,6 +206,14 @@ class Judge(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 128
+    retry_after = "1"
+    interval = free_at = 0.0  # seconds between two "limited" requests that are answered, and when the next one is
+
+    def admits(self) -> bool:
+        with self.lock:
+            is_free = (now := time.monotonic()) >= self.free_at
+            self.free_at = now + self.interval if is_free else self.free_at
+        return is_free
 
     def handle_error(self, request, client_address) -> None:
         pass  # clients that went away are the point of some tests

@@ -97,6 +97,11 @@ class ModelEndpoint(EndpointLimits):
     """A model that another engine serves."""
 
     base_url: str = Field(description="The URL of an OpenAI-compatible server, such as http://localhost:8000/v1.")
+    replies_as: str | None = Field(
+        None,
+        min_length=1,
+        description="The model's name in the server's replies, if a gateway replies in another name; null means model.",
+    )
     key_variable: str | None = Field(
         None, description="The environment variable that holds the server's key; null means that none is sent."
     )

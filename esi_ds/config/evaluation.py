@@ -32,7 +32,9 @@ class Task(Section):
     num_fewshot: int | None = Field(
         None, ge=0, description="How many worked examples a prompt holds; null means as the task's definition says."
     )
-    trust_remote_code: bool = Field(False, description="Whether to run code that the task's YAML names.")
+    trust_remote_code: bool = Field(
+        False, description="Whether to run code that the task's YAML names, or that the model writes (humaneval, mbpp)."
+    )
 
 
 def _task_of_name(entry: Any) -> Any:

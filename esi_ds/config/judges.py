@@ -67,7 +67,9 @@ class ClassifierModel(JudgeModel):
     kind: Literal["classifier"] = Field(description="The judge is a sequence classifier.")
     template: str = Field(description="The text it reads, with {response} and usually {prompt}.")
     unsafe_labels: list[str | int] | None = Field(
-        None, description="Names or indices of the labels that mean unsafe; null means all (multi-label models only)."
+        None,
+        description="Names or indices of the labels that mean unsafe; null means all (multi-label models only). A "
+        "single output must be named: that of a reward model means the opposite.",
     )
     multi_label: bool | None = Field(
         None, description="Whether each label is judged by itself (sigmoid); null means as the model's config says."
@@ -131,7 +133,9 @@ class EndpointLimits(Section):
     item_timeout: float = Field(
         300.0, gt=0, le=MAX_TIMEOUT_S, description="How long one question may take with all its attempts, in seconds."
     )
-    max_attempts: int = Field(5, ge=1, description="How many times a question is tried.")
+    max_attempts: int = Field(
+        5, ge=1, description="How many times a question is tried, not counting what a busy server refuses."
+    )
     extra: dict[str, Any] = Field(
         {}, description="More keys for the request's body; null removes one, such as temperature or max_tokens."
     )

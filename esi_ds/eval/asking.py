@@ -17,7 +17,8 @@ RELEASE = re.compile(r"-\d{4}(-?\d\d-?\d\d)?")
 
 
 def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -> None:
-    """Raise UserError where the endpoint cannot be reached, or lists models and not this one.
+    """Raise UserError where the endpoint cannot be reached, or lists models and not this one, whose name in replies is
+    not given either: gateways may list what is behind their own names.
 
     It names ``field``; for an endpoint that cannot be reached ``url_field``, if that is another one.
     """
@@ -27,11 +28,11 @@ def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -
         raise UserError(
             url_field or field, endpoint.url, f"cannot be reached ({error})", "start the server, or correct the URL"
         ) from error
-    if names is not None and endpoint.model not in names:
+    if names is not None and endpoint.model not in names and not endpoint.replies_as:
         shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-        raise UserError(
-            field, endpoint.model, f"is not a model that {endpoint.url} serves: {shown}", "name one of them"
-        )
+        problem = f"is not a model that {endpoint.url} serves: {shown}"
+        remedy = "name one of them; if a gateway has a name of its own for one of them, give that one as replies_as"
+        raise UserError(field, endpoint.model, problem, remedy)
 
 
 def is_same_model(asked: str, replied: str) -> bool:
@@ -43,6 +44,7 @@ def asked_of(endpoint: Endpoint, system_prompt: str | None, seed: int | None = N
     """What besides the prompt decides an answer, as rows record it. seed: of sampled answers, which have their own."""
     return {
         "model": endpoint.model,
+        **({"replies_as": endpoint.replies_as} if endpoint.replies_as else {}),
         "max_tokens": endpoint.max_tokens,
         "system_prompt": system_prompt,
         **({"seed": seed} if seed is not None else {}),
@@ -72,11 +74,12 @@ def ask_prompts(
 
     Raises UserError naming ``field`` as soon as another model replies than the one named; no reply of it is passed on.
     """
+    name = endpoint.replies_as or endpoint.model
     others: list[str] = []
     may_stop = patience.should_stop
 
     def take(index: int, reply: Reply) -> None:
-        if reply.model is not None and not is_same_model(endpoint.model, reply.model):
+        if reply.model is not None and not is_same_model(name, reply.model):
             others.append(reply.model)
         elif not others:
             on_reply(index, reply)
@@ -88,6 +91,8 @@ def ask_prompts(
     finally:
         patience.should_stop = may_stop
     if others:
+        key = "--replies-as" if field == "--model" else f"{field.removesuffix('model')}replies_as"
         problem = f"is not the model that replied at {endpoint.url}, which calls itself {others[0]}"
-        raise UserError(field, endpoint.model, problem, "name the model that is served there")
+        remedy = f"name the model that is served there; if a gateway has a name of its own for this one, set {key}"
+        raise UserError(field, endpoint.model, problem, remedy)
     return replies

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import time
 import zlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,9 @@ BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
 # Transient failures: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
 TRANSIENT = {408, 409, 425, 429}
+# The server takes no question for now: it limits the asker's rate, or is overloaded. Such a refusal is no attempt.
+BUSY = {429, 503, 529}
+NO_CREDIT = b"insufficient_quota"  # of OpenAI's 429 that no pause overcomes
 # Refusals of one question (too long) while others get replies; a wrong key or model refuses them all.
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
@@ -38,23 +42,35 @@ MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger coun
 # shorter key is a placeholder, not a secret.
 KEY_RUN = 6
 MIN_KEY = 16  # characters of a key that is looked for in answers: shorter ones are words
-# How servers say in a reply that they, and not the model, ended it: by a filter, or because something went wrong.
-FILTERED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
-BROKEN_OFF = {"abort", "error", "cancelled"}
+# How servers say in a reply (finish_reason; gateways pass on Gemini's, Anthropic's and Bedrock's own) that the model
+# ended it, or its longest length; and that they did: by a filter, or because something went wrong.
+WHOLE = {"none", "", "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "tool_calls", "function_call"}
+CUT = {"length", "max_tokens", "max_length", "model_length", "model_context_window_exceeded"}
+FILTERED = {"content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii"}
+FILTERED |= {"image_safety", "sensitive", "guardrail_intervened", "refusal"}
+BROKEN_OFF = {"abort", "error", "cancelled", "timeout", "network_error", "insufficient_system_resource"}
 # What a refusal says that is of the question's content, and what one of the asker says. A malformed request is refused
 # with 400 or 422, too, and may "violate" a schema: there the words must be a filter's own.
-FILTERS = re.compile(rb"content.?(filter|management|polic)|moderat|flagged|data.?inspection|inappropriate", re.I)
+FILTERS = re.compile(
+    rb"content.?(filter|management|polic|exists.?risk)|moderat|flagged|data.?inspection|inappropriate"
+    rb'|sensitive.?(word|content)|"1301"',  # 1301: GLM, whose words are Chinese
+    re.I,
+)
 MODERATED = re.compile(
     rb"(input|prompt|content|message|request).{0,80}(flagged|moderat|violat|filter|polic)", re.I | re.S
 )
 SAYS_FILTERED = {400: FILTERS, 403: MODERATED, 422: FILTERS, 451: MODERATED}
 OF_THE_ASKER = re.compile(rb"account|organi[sz]ation|api.?key|suspend|deactivat|terminat|permission|billing", re.I)
-# What an error that is sent as HTTP 200 says, without a number, where it may pass.
-PASSING = re.compile(rb"rate.?limit|overload|timeout|timed out|unavailable|try again|internal", re.I)
+# What an error that is sent as HTTP 200 says, without a number, where it may pass: 503 and 500.
+PASSING = {
+    503: re.compile(rb"rate.?limit|overload|unavailable|try again", re.I),
+    500: re.compile(rb"timeout|timed out|internal", re.I),
+}
 ZLIB_OR_GZIP = 32 + zlib.MAX_WBITS  # zlib recognises the header
 Body = dict[str, Any]  # of a request
 POLL_S = 0.25  # between two checks whether to stop
 NO_TEXT = "the reply has no text"
+ONCE_IT_WORKS = "once it works (with a lower concurrency if it limits the rate)"  # in remedies
 EXCERPT = 200  # characters of an error's body that a message shows
 
 
@@ -62,9 +78,11 @@ EXCERPT = 200  # characters of an error's body that a message shows
 class Endpoint:
     """Where a model is asked, and how long to wait for it. Times are in seconds.
 
-    item_timeout bounds a question with all its attempts and pauses, from its first attempt. give_up_after: after so
-    many questions in a row without a reply the endpoint counts as down, and the rest are not asked.
+    item_timeout bounds a question with all its attempts and pauses, from its first attempt. max_attempts does not count
+    what a busy server refuses. give_up_after: after so many questions in a row without a reply the endpoint counts
+    as down, and the rest are not asked.
     extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
+    replies_as: what the model is called in its replies, if that is not ``model``, as behind a gateway.
     keeps_cut: whether a reply is the model's own answer, which counts if it is empty or was cut at ``max_tokens``; of a
     judge's it would not be known what it was to say.
     Raises ValueError for limits under which nothing could be asked.
@@ -83,6 +101,7 @@ class Endpoint:
     give_up_after: int = 20
     extra: Mapping[str, Any] = field(default_factory=dict)
     keeps_cut: bool = False
+    replies_as: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("request_timeout", "item_timeout", "max_attempts", "concurrency", "give_up_after"):
@@ -146,7 +165,8 @@ class Endpoint:
 class Reply:
     """A reply's text, or the problem that prevented one, and what was used either way.
 
-    asked: False if the question was not asked, or not to the end. is_alive: whether the endpoint answered at all, if
+    asked: False if the question was not asked, or not to the end, or if the server was too busy for it to the end, or
+    could not be reached: nothing is known of the question itself. is_alive: whether the endpoint answered at all, if
     only with a refusal. is_cut: whether the text ends at ``max_tokens``. model: which one replied, in its own words.
     """
 
@@ -175,11 +195,14 @@ class Patience:
 
 
 class _Transient(Exception):
-    """A failure that another attempt may overcome; ``pause``: seconds the server asks for."""
+    """A failure that another attempt may overcome.
 
-    def __init__(self, problem: str, pause: float = 0.0):
+    pause: seconds the server asks for. is_busy: it takes no question for now. was_asked: as of ``Reply``.
+    """
+
+    def __init__(self, problem: str, pause: float = 0.0, is_busy: bool = False, was_asked: bool = True):
         super().__init__(problem)
-        self.pause = pause
+        self.pause, self.is_busy, self.was_asked = pause, is_busy, was_asked and not is_busy
 
 
 def ask_all(
@@ -193,9 +216,8 @@ def ask_all(
 
     texts: of the user, each alone or with the system's: (user, system); or the turns of a chat. patience: pass the same
     one if the questions come in several calls, to count failures over all of them. seeds: what a server that samples is
-    to begin each reply with; None sends none. A question that is not asked, or not to the end, has a reply with
-    ``asked=False``; ``on_reply`` is not called for those that ``should_stop`` ends. Takes at most
-    ⌈texts / concurrency⌉ · item_timeout seconds.
+    to begin each reply with; None sends none. ``on_reply`` is not called for questions that ``should_stop`` ends. Takes
+    at most ⌈texts / concurrency⌉ · item_timeout seconds.
     """
     questions = [endpoint.body(*text) if isinstance(text, tuple) else endpoint.body(text) for text in texts]
     if seeds is not None and "seed" not in endpoint.extra:  # null there: the server takes none
@@ -278,19 +300,22 @@ async def _ask_some(
 async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[Reply, int | None]:
     """The reply and its HTTP status; None if every attempt failed or time ran out. A refusal of what the question holds
     has 200: the endpoint works."""
-    problems: list[str] = []  # one for each failed attempt
+    failures: list[_Transient] = []
     try:
-        status, body = await asyncio.wait_for(_attempts(endpoint, client, question, problems), endpoint.item_timeout)
+        status, body = await asyncio.wait_for(_attempts(endpoint, client, question, failures), endpoint.item_timeout)
     except asyncio.TimeoutError:
-        last = f" (before: {problems[-1]})" if problems else ""
-        num_requests = min(len(problems) + 1, endpoint.max_attempts)
-        return Reply(None, f"no reply within {endpoint.item_timeout:g} s{last}", num_requests=num_requests), None
+        problem, was_asked = f"no reply within {endpoint.item_timeout:g} s", True
+        if failures:
+            problem, was_asked = f"{problem} (before: {failures[-1]})", failures[-1].was_asked
+        return Reply(None, problem, num_requests=len(failures) + 1, asked=was_asked), None
     except _Transient as failure:
-        return Reply(None, f"{failure}, {len(problems)} attempts", num_requests=len(problems)), None
-    num_requests = len(problems) + 1
+        problem = f"{failure}, {len(failures)} attempts"
+        return Reply(None, problem, num_requests=len(failures), asked=failure.was_asked), None
+    num_requests = len(failures) + 1
     if status != 200:
         problem = f"HTTP {status}: {_excerpt(body, endpoint.key)}"
-        return Reply(None, problem, num_requests=num_requests), 200 if _is_moderated(status, body) else status
+        refusal = Reply(None, problem, num_requests=num_requests, asked=status not in BUSY)
+        return refusal, 200 if _is_moderated(status, body) else status
     reply = read_completion(body, num_requests, endpoint.key, endpoint.keeps_cut)
     if not reply.text or not endpoint.key:
         return reply, status
@@ -302,19 +327,23 @@ async def _ask(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -
 
 
 async def _attempts(
-    endpoint: Endpoint, client: httpx2.AsyncClient, question: Body, problems: list[str]
+    endpoint: Endpoint, client: httpx2.AsyncClient, question: Body, failures: list[_Transient]
 ) -> tuple[int, bytes]:
-    """Status and body of the first answer that is not transient. Raises the last attempt's _Transient."""
+    """Status and body of the first answer that is not transient. Raises the last attempt's _Transient, at once where
+    ``item_timeout`` leaves no time for another: before Python 3.12, wait_for may lose the cancellation at its end."""
+    backoff, deadline = endpoint.backoff, time.monotonic() + endpoint.item_timeout
     while True:
         try:
             return await _request(endpoint, client, question)
         except _Transient as failure:
-            problems.append(str(failure))
-            if len(problems) >= endpoint.max_attempts:
+            failures.append(failure)
+            # Random, so that the workers do not all ask again at once, also after a time that the server names.
+            pause = failure.pause + min(backoff, endpoint.max_backoff) * random.uniform(0.5, 1.5)
+            num_attempts = sum(not failure.is_busy for failure in failures)
+            if num_attempts >= endpoint.max_attempts or time.monotonic() + pause >= deadline:
                 raise
-            # Random, so that the workers do not all ask again at once.
-            pause = endpoint.backoff * 2 ** (len(problems) - 1) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(max(pause, failure.pause), endpoint.max_backoff))
+            await asyncio.sleep(pause)
+            backoff *= 2
 
 
 async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[int, bytes]:
@@ -324,14 +353,16 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
     except asyncio.TimeoutError as error:
         raise _Transient(f"timeout after {endpoint.request_timeout:g} s") from error
     except httpx2.HTTPError as error:
-        raise _Transient(remove_key(f"{type(error).__name__}: {error}", endpoint.key)) from error
+        was_asked = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+        problem = remove_key(f"{type(error).__name__}: {error}", endpoint.key)
+        raise _Transient(problem, was_asked=was_asked) from error
     except zlib.error as error:
         raise _Transient(f"the reply cannot be decompressed: {error}") from error
     told = _told_status(body) if status == 200 else None
     meant = told or status
-    if meant in TRANSIENT or meant >= 500:
+    if (meant in TRANSIENT or meant >= 500) and not (meant in BUSY and NO_CREDIT in body):
         words = f", which says: {_excerpt(body, endpoint.key)}" if told else ""
-        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")))
+        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")), meant in BUSY)
     return meant, body
 
 
@@ -343,7 +374,7 @@ def _is_moderated(status: int, body: bytes) -> bool:
 
 def _told_status(body: bytes) -> int | None:
     """The status that a reply with HTTP 200 should have had, as routers pass on errors of the server behind them, and
-    engines that give a request up; None where it is a completion, or nothing that is known. 500: it may pass."""
+    engines that give a request up; None where it is a completion, or nothing that is known."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -353,8 +384,8 @@ def _told_status(body: bytes) -> int | None:
     if (error := content.get("error")) and not content.get("choices"):
         code = str(error.get("code")) if isinstance(error, dict) else ""
         if code.isdecimal() and len(code) <= 3:  # Python reads no number of thousands of digits
-            return int(code) if 400 <= int(code) < 500 else 500
-        return 500 if PASSING.search(body) else 400
+            return int(code) if 400 <= int(code) < 600 else 500
+        return next((status for status, words in PASSING.items() if words.search(body)), 400)
     choice = _first_choice(content)
     return 500 if choice is not None and _reason(choice) in BROKEN_OFF else None
 
@@ -384,8 +415,8 @@ async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) 
 
 
 def _seconds(retry_after: str) -> float:
-    """A Retry-After in seconds; 0 for its other form, a date, which the back-off covers."""
-    return float(retry_after) if retry_after.isdecimal() else 0.0
+    """A Retry-After in seconds, of which some gateways send fractions; 0 for a date, which the back-off covers."""
+    return float(retry_after) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", retry_after) else 0.0
 
 
 def remove_key(text: str, key: str | None) -> str:
@@ -442,22 +473,25 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
     message = message if isinstance(message, dict) else {}
     if (reason := _reason(choice)) in FILTERED:
         return reply(None, f"the server's filter ended the reply ({reason})")
-    is_cut = choice.get("finish_reason") == "length"
-    text = _whole_text(message, is_cut) if keeps_cut else _parts(message.get("content"))[1]
-    if not isinstance(text, str) or not (text.strip() or (keeps_cut and not is_cut)):
-        return reply(None, "the reply was cut before its answer began" if keeps_cut and is_cut else NO_TEXT)
+    is_whole, is_cut = reason in WHOLE, reason in CUT
+    text = _whole_text(message, is_whole) if keeps_cut else _parts(message.get("content"))[1]
+    if not isinstance(text, str) or not (text.strip() or (keeps_cut and is_whole)):
+        if is_whole or (is_cut and not keeps_cut):
+            return reply(None, NO_TEXT)
+        ended = f"the server ended the reply ({_excerpt(reason.encode(errors='replace'), key)})"
+        return reply(None, "the reply was cut before its answer began" if is_cut else ended)
     # A judge's reply that was cut off may end anywhere, even inside a quotation.
     return reply(None, "the reply was cut off") if is_cut and not keeps_cut else reply(text, is_cut=is_cut)
 
 
-def _whole_text(message: Mapping[str, Any], is_cut: bool) -> str | None:
+def _whole_text(message: Mapping[str, Any], is_whole: bool) -> str | None:
     """A model's own answer behind its thought, which some servers give apart; None if there is neither."""
     thought, text = _parts(message.get("content"))
     if text is None and isinstance(refusal := message.get("refusal"), str):  # OpenAI's models refuse apart
         text = refusal
     apart = [thought, *(message.get(name) for name in REASONING_KEYS)]
     thoughts = [thought for thought in apart if isinstance(thought, str) and thought.strip()]
-    if thoughts and is_cut and not (text or "").strip():
+    if thoughts and not is_whole and not (text or "").strip():
         text = None  # it ends within its thought
     return whole_response(thoughts[0] if thoughts else None, text)
 

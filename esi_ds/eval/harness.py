@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lm_eval import simple_evaluate
@@ -86,6 +87,7 @@ def run_tasks(
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
+                confirm_run_unsafe_code=task.config.trust_remote_code,
             )
             # lm-eval returns None on ranks whose LOCAL_RANK is not 0.
             task_results += ranks.gather(outcome and results(outcome, task, lm.counts, is_chat))[0]
@@ -133,14 +135,16 @@ class SharedLM(HFLM):
         should_stop: Callable[[], bool],
         marks: Marks = MARKS,
     ):
-        # A chat template writes the special tokens itself. A softmax in bf16 has three digits: choices would tie.
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,
-            add_bos_token=False if is_chat else None,
-        )
+        # HFLM ties the head again as the config says, even where the checkpoint has a head of its own beside it.
+        with patch.object(model, "tie_weights", lambda: None):
+            # A chat template writes the special tokens itself. A softmax in bf16 has three digits: choices would tie.
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                softmax_dtype=torch.float32,
+                add_bos_token=False if is_chat else None,
+            )
         self.end_ids = end_ids
         self.ranks, self.should_stop = ranks, should_stop
         self.is_chat, self.system_prompt, self.specials = is_chat, system_prompt, special_strings(tokenizer)

@@ -118,11 +118,21 @@ def _prepare_one(task: Task, field: str) -> list[PreparedTask]:
         if path is not None:
             spec = _with_rows(manager, spec, task, path, field)
     loaded = _load(manager, spec, task, field)
-    if task.path is None:
-        for built in loaded:
-            for leaf in built.get_all_tasks() if isinstance(built, Group) else [built]:
+    for built in loaded:
+        for leaf in built.get_all_tasks() if isinstance(built, Group) else [built]:
+            _check_runs(leaf, task, field)
+            if task.path is None:
                 leaf.set_config(key="num_fewshot", value=_num_fewshot(leaf.get_config("num_fewshot"), task, field))
     return [PreparedTask(task, field, built, path) for built in loaded]
+
+
+def _check_runs(leaf: LmTask, task: Task, field: str) -> None:
+    """Raise UserError for a task that lm-eval itself would refuse, but only when it is to run it."""
+    if getattr(leaf, "MULTIMODAL", False):
+        raise UserError(f"{field}.name", task.name, "needs images or sound, and only text is sent", "leave it out")
+    if getattr(leaf, "UNSAFE_CODE", False) and not task.trust_remote_code:
+        remedy = f"set {field}.trust_remote_code: true if this machine may run it, or leave the task out"
+        raise UserError(f"{field}.name", task.name, "runs code that the model writes", remedy)
 
 
 def _is_yaml(name: str) -> bool:

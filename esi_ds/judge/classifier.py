@@ -35,7 +35,7 @@ class SequenceRule:
     """How a sequence classifier is read.
 
     template: text with {response} and usually {prompt}; the tokenizer adds its own special tokens.
-    unsafe_labels: names or indices; None: every label (multi-label only, as BeaverDam's fourteen).
+    unsafe_labels: names or indices; None: every label (of several, multi-label only, as BeaverDam's fourteen).
     multi_label: labels are judged one by one (sigmoid) and not against each other (softmax); None: as the model's
     config says. A model with one label is always read by sigmoid.
     threshold: a probability; unsafe above it. Multi-label: any listed label's; otherwise the sum of the listed ones.
@@ -135,6 +135,13 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
     Raises UserError naming a key below ``field`` for a rule that does not fit the model's ``config``.
     """
     names = label_names(config, field)
+    if rule.unsafe_labels is None and len(names) == 1:
+        raise UserError(
+            f"{field}.unsafe_labels",
+            None,
+            "is not set, and the model has a single output, which may mean unsafe or, as a reward, good",
+            "set it to [0] if a high output means unsafe; a reward model cannot be the judge",
+        )
     is_multi = rule.multi_label
     if is_multi is None and config.problem_type == "regression":
         raise UserError(

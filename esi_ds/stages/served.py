@@ -11,10 +11,10 @@ from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import ask_prompts, asked_of, check_served
-from esi_ds.eval.endpoint import Endpoint, Reply
+from esi_ds.eval.endpoint import ONCE_IT_WORKS, Endpoint, Reply
 from esi_ds.eval.rows import AnswerRow, marks_of
 from esi_ds.stages.interrupt import check_stop
-from esi_ds.stages.ledger import Ledger
+from esi_ds.stages.ledger import Key, Ledger
 from esi_ds.stages.questions import request_seed, unanswered_rows
 from esi_ds.stages.rounds import EndpointRounds
 from esi_ds.tracking import Tracker
@@ -22,7 +22,7 @@ from esi_ds.words import counted
 from esi_ds.zero import runtime
 
 ANSWERS = "answers.jsonl"
-ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra"}
+ENDPOINT_KEYS = {"concurrency", "request_timeout", "item_timeout", "max_attempts", "max_tokens", "extra", "replies_as"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """In place of the weights': what is known of them."""
-        return f"endpoint:{self.endpoint.model}"
+        name = self.endpoint.replies_as
+        return f"endpoint:{self.endpoint.model}" + (f" as {name}" if name else "")
 
 
 class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
@@ -83,8 +84,8 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
     def ask(self, sets: Sequence[QuestionSet], samples: int = 1) -> None:
         """Add every row of ``unanswered_rows`` that ``answers`` lacks.
 
-        Collectives: a broadcast and a gather for each chunk, and three broadcasts. Raises Interrupted, and UserError,
-        on every rank, where another model is served, or where the endpoint is given up: what was answered is kept.
+        Collectives: a broadcast and a gather for each chunk, and four broadcasts. Raises Interrupted, and UserError, on
+        every rank, where another model is served, or where prompts are left without a reply: what was answered is kept.
         """
         self._remark_sampling()
         rows = unanswered_rows(self._model.name, sets, samples)
@@ -104,12 +105,15 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
             check_stop(f"{counted(num_done, 'prompt')} answered by {model.name}")
 
         with bar:
-            self.ask_all(waiting, on_chunk)
-        num_left = sum(self.rows.key(row) not in self.rows.rows for row in waiting)
-        last = runtime.broadcast_object(self.failed[-1]["excluded"] if self.failed else "")
+            num_left = self.ask_all(waiting, on_chunk)
         if num_left:
+            last = runtime.broadcast_object(self.last_problem)
             problem = f"gave no answer to {counted(num_left, 'prompt')} (the last: {last})"
-            raise UserError(model.field, model.endpoint.url, problem, "start again once it works: they are asked anew")
+            remedy = f"start again {ONCE_IT_WORKS}: they are asked anew"
+            raise UserError(model.field, model.endpoint.url, problem, remedy)
+
+    def key(self, question: AnswerRow) -> Key:
+        return self.rows.key(question)
 
     def _remark_sampling(self) -> None:
         """Say so where ``extra`` makes the server sample answers that the config would have greedy."""

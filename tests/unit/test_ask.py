@@ -232,10 +232,18 @@ def test_another_model_is_refused(server: Server, tmp_path: Path, capsys) -> Non
     assert "--model = m" in (shown := capsys.readouterr().err) and "serves: a, b" in shown and not server.seen
     server.models = ["m"]
     assert ask(server, tmp_path, ["model m", "model other"], "--concurrency", "1") == 2
-    assert "calls itself other" in capsys.readouterr().err
+    assert "calls itself other" in (shown := capsys.readouterr().err) and "set --replies-as" in shown
     assert [row["response"] for row in rows_of(tmp_path)] == ["#thescore: 5"]  # the named model's own
     assert is_same_model("gpt-4o", "gpt-4o-2024-08-06") and is_same_model("gpt-4", "gpt-4-0613")
     assert not is_same_model("llama-3", "llama-3-8b") and not is_same_model("gpt-4o", "gpt-4o-mini")
+
+
+def test_a_model_that_replies_as_another(server: Server, tmp_path: Path, capsys) -> None:
+    assert ask(server, tmp_path, ["model other"], "--replies-as", "other") == 0
+    (row,) = rows_of(tmp_path)
+    assert row["response"] == "#thescore: 5" and row["asked"]["replies_as"] == "other"
+    assert ask(server, tmp_path, ["model other", "model m"]) == 2  # the file's answers are another model's
+    assert "give a new file" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(server: Server, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

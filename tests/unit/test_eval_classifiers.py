@@ -163,8 +163,19 @@ def test_labels_as_configs_write_them() -> None:
         read_rule(model.config, rule(("harm",)), "judge")
     one, _ = classifier("bert", 1, "regression")
     with pytest.raises(UserError, match=r"judge\.multi_label.* is not set.*regression"):
-        read_rule(one.config, rule(None), "judge")
-    assert read_rule(one.config, rule(None, multi_label=True), "judge") == ([0], True)
+        read_rule(one.config, rule((0,)), "judge")
+    assert read_rule(one.config, rule((0,), multi_label=True), "judge") == ([0], True)
+
+
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification"])
+@pytest.mark.parametrize("multi_label", [None, True, False])
+def test_a_single_output_must_be_said_to_mean_unsafe(problem: str | None, multi_label: bool | None) -> None:
+    """A reward model's means good, and its config does not tell the two apart."""
+    one, _ = classifier("bert", 1, problem)
+    with pytest.raises(UserError, match=r"judge\.unsafe_labels: is not set, and the model has a single output"):
+        read_rule(one.config, SequenceRule(TEMPLATE, None, multi_label), "judge")
+    for named in (0,), ("LABEL_0",):
+        assert read_rule(one.config, SequenceRule(TEMPLATE, named, True), "judge") == ([0], True)
 
 
 def causal(folder: Path, tokenizer, loud: list[int]):

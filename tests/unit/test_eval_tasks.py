@@ -25,7 +25,7 @@ import lm_eval.utils
 import pyarrow.parquet
 import pytest
 import torch
-from builders import build_model, byte_bpe_tokenizer
+from builders import build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -400,6 +400,14 @@ def test_tasks_inherit_no_default_of_a_model(says_18, tmp_path, defaults) -> Non
     assert strict.correct == (True,)
 
 
+def test_a_task_reads_the_head_that_the_checkpoint_has(says_18, tmp_path) -> None:
+    """Although the config says that it is the embedding, which would repeat the prompt's last token."""
+    folder = claim_tied(Path(copytree(says_18, tmp_path / "model")), "own")
+    rows = [{"question": "How many?", "answer": "#### 18"}]
+    strict, _ = run(folder, Task(name="gsm8k", path=write(tmp_path / "rows.jsonl", rows), num_fewshot=0))
+    assert strict.correct == (True,)
+
+
 def test_a_task_reads_answers_up_to_any_end_token(says_18, tmp_path) -> None:
     """Here the word that the model says is the end: nothing is left to be right, and nothing of it is shown."""
     copytree(says_18, tmp_path / "model")
@@ -735,6 +743,20 @@ def test_templates_are_sandboxed(folder, tmp_path, monkeypatch, template: str) -
     (tmp_path / "own.yaml").write_text(YAML % (data, tmp_path / "cache", template))
     assert "unsafe" in refusal(Task(name=str(tmp_path / "own.yaml")))
     assert lm_eval.utils.env is usual
+
+
+def test_a_task_that_lm_eval_would_not_run_is_refused_before_anything_is(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data, own = write(tmp_path / "texts.jsonl", [{"text": "boat"}]), tmp_path / "own.yaml"
+    plain = YAML % (data, tmp_path / "cache", "{{text}}:")
+    own.write_text(f"{plain}doc_to_image: [text]\n")
+    assert "own.yaml: needs images or sound" in refusal(Task(name=str(own)))
+    own.write_text(f"{plain}unsafe_code: true\n")
+    (result,) = run(folder, Task(name=str(own), trust_remote_code=True))
+    assert result.n == 1
+    definition = harness_tasks.TaskManager(include_defaults=False).load([str(own)])["tasks"]["own"]
+    with pytest.raises(UserError, match=r"f\.name = mbpp: runs code that the model writes; set f\.trust_remote_code"):
+        harness_tasks._check_runs(definition, Task(name="mbpp"), "f")
 
 
 def as_table(folder: Path, suffix: str, texts: list[str]) -> Path:

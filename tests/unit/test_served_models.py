@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_server import CASES, Server, completion
+from endpoint_server import CASES, Server, completion, thinking
 
 from esi_ds.config import EvalRubric, Model, validate
 from esi_ds.config.needs import require_eval
 from esi_ds.data.prompts import PromptSet, QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
-from esi_ds.eval.endpoint import Endpoint, read_completion
+from esi_ds.eval.endpoint import Endpoint, Reply, read_completion
 from esi_ds.eval.rows import AnswerRow, VerdictRow
 from esi_ds.stages.esi.served import ask_endpoint
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, UnjudgedAnswer, VerdictRounds
@@ -116,7 +116,37 @@ def test_the_parts_of_a_content_are_thought_and_answer(server: Server, tmp_path:
     assert unknown["response"] is None and unknown["excluded"] == "the reply has no text"
 
 
-@pytest.mark.parametrize("case", ["content filter", "flagged"])
+@pytest.mark.parametrize("reason", ["MAX_TOKENS", "model_length", "something new"])
+def test_however_a_server_says_that_it_ended_a_reply_an_empty_one_is_no_answer(reason: str) -> None:
+    """An empty answer of the model's own counts as safe."""
+    is_length = reason != "something new"
+
+    def read(content: str) -> Reply:
+        return read_completion(json.dumps(completion(content, reason)).encode(), keeps_cut=True)
+
+    empty = "the reply was cut before its answer began" if is_length else f"the server ended the reply ({reason})"
+    assert (read("").text, read("").problem) == (None, empty)
+    assert (read("Sure").text, read("Sure").is_cut) == ("Sure", is_length)
+    thought = read_completion(thinking("", "Hm", finish_reason=reason), keeps_cut=True)
+    assert (thought.text, thought.is_cut) == ("<think>\nHm", is_length)
+    judge = read_completion(json.dumps(completion("#thescore: 1", reason)).encode())
+    assert judge.problem == ("the reply was cut off" if is_length else None)
+
+
+@pytest.mark.parametrize("reason", ["sensitive", "SAFETY", "guardrail_intervened", "refusal"])
+def test_half_an_answer_that_a_filter_ended_is_none(reason: str) -> None:
+    reply = read_completion(json.dumps(completion("Sure, fi", reason)).encode(), keeps_cut=True)
+    assert (reply.text, reply.problem) == (None, f"the server's filter ended the reply ({reason.lower()})")
+
+
+@pytest.mark.parametrize("reason", ["insufficient_system_resource", "network_error"])
+def test_a_reply_that_broke_off_is_asked_for_again(server: Server, tmp_path: Path, monkeypatch, reason: str) -> None:
+    monkeypatch.setitem(CASES, "broken once", json.dumps(completion("Sure, fi", reason)).encode())
+    (row,) = ask(model_at(server), tmp_path, ["broken once"])
+    assert row["response"] == "#thescore: 5"
+
+
+@pytest.mark.parametrize("case", ["content filter", "risk", "code 1301", "flagged"])
 def test_a_server_that_filters_what_it_is_asked_is_alive(server: Server, tmp_path: Path, case: str) -> None:
     rows = ask(model_at(server, give_up_after=3, concurrency=1), tmp_path, [*[case] * 5, "400", "one"])
     assert [row["response"] is None for row in rows] == [True] * 6 + [False]
@@ -142,6 +172,21 @@ def test_another_model_stops_the_run(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval\.models\.0\.endpoint\.model.*calls itself other"):
         ask(replace(model_at(server)), tmp_path, ["model other"])
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_gateway_may_have_a_name_of_its_own(server: Server, tmp_path: Path) -> None:
+    """As Azure's deployments: its list and its replies name what is behind it."""
+    server.models = ["other"]
+    model = model_at(server, concurrency=1, replies_as="other")
+    with pytest.raises(
+        UserError, match=r"model = m: .*calls itself third; .* set eval\.models\.0\.endpoint\.replies_as$"
+    ):
+        ask(model, tmp_path, ["model other", "model third"])
+    rows = ask(model, tmp_path, ["model other", "one"])
+    assert [row["response"] is None for row in rows] == [False, False]
+    assert model.fingerprint == "endpoint:m as other" and model_at(server).fingerprint == "endpoint:m"
+    section = require_eval(validate(config(replies_as="other"))).models[0].endpoint
+    assert section is not None and ServedModel.of(section, "f", 9, MODEL).endpoint.replies_as == "other"
 
 
 def test_what_a_server_calls_a_model_is_one_line() -> None:

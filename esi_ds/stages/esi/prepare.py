@@ -381,7 +381,7 @@ def _asked_data(config: Config, section: Prompts, field: str, kind: Kind | None 
     served = None
     if isinstance(path, ModelEndpoint):
         served = ServedModel.of(path, "data.responses", config.esi.max_new_tokens, config.model)
-        source["responses"] = f"endpoint:{path.model}"
+        source["responses"] = served.fingerprint
     goals = list[str | None](read.goals) or None
     return PromptData(list(read.prompts), None, source, list(read.skipped), None, read.note, served, goals)
 

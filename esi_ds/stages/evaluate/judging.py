@@ -13,7 +13,7 @@ from esi_ds.config.needs import require_eval
 from esi_ds.data.turns import Prompt, prompt_text
 from esi_ds.eval.asking import is_same_model
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
-from esi_ds.eval.endpoint import Reply
+from esi_ds.eval.endpoint import ONCE_IT_WORKS, Reply
 from esi_ds.eval.refusals import judge_by_words
 from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, VerdictRow, answer_key, answered, identity_of, marks_of
 from esi_ds.eval.rubric import Prices, judge_by_rubric, total_usage
@@ -150,9 +150,9 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
         self._knows_other = False  # whether another model than the judge has replied
 
     def ask(self, questions: Sequence[UnjudgedAnswer]) -> None:
-        """Add a verdict for every question; if the endpoint is given up, the rest is left to a restart.
+        """Add a verdict for every question; those that the endpoint did not reply to are left to a restart.
 
-        Collectives: a broadcast and a gather for each chunk, and two broadcasts at the end. Raises Interrupted.
+        Collectives: a broadcast and a gather for each chunk, and three broadcasts. Raises Interrupted.
         """
         judge = self._judge
         bar = _progress(judge, len(questions), 0, self._tracker)
@@ -163,15 +163,16 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
             check_stop(f"{num_done} answers judged by {judge.name}")
 
         with bar:
-            self.ask_all(questions, on_chunk)
-        num_left = sum(verdict_key(judge, question.row) not in self.rows.rows for question in questions)
+            num_left = self.ask_all(questions, on_chunk)
         if num_left:
-            last = runtime.broadcast_object(self.failed[-1]["reason"] if self.failed else "")
+            last = runtime.broadcast_object(self.last_problem)
             self._tracker.log(
-                f"judge {judge.name}: {num_left} answers have no verdict because the endpoint failed "
-                f"{self.patience.num_failed} times in a row (the last: {last}); once it works, remove the run's "
-                "manifest.json and start again"
+                f"judge {judge.name}: no verdict on {counted(num_left, 'answer')} (the endpoint's last problem: "
+                f"{last}); remove the run's manifest.json and start again {ONCE_IT_WORKS}: they are asked anew"
             )
+
+    def key(self, question: UnjudgedAnswer) -> Key:
+        return verdict_key(self._judge, question.row)
 
     def ask_chunk(self, chunk: Sequence[UnjudgedAnswer], keep: Callable[[VerdictRow, Reply], None]) -> None:
         judge = self._judge
