@@ -11,6 +11,7 @@ import gzip
 import importlib.metadata
 import json
 import math
+import multiprocessing.process
 import os
 import socket
 import subprocess
@@ -27,6 +28,7 @@ import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
 from conftest import ROOT
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -469,6 +471,20 @@ def test_ranks_meet_more_often_where_answers_may_be_long(
     settings = {"max_gen_toks": new_tokens}
     requests = [Instance("generate_until", {}, ("How?", settings), 0, ("own", number, 1)) for number in range(5)]
     assert lm.generate_until(requests) == [""] * 5 and sizes == slices
+
+
+def test_no_process_is_started(folder, tmp_path, monkeypatch) -> None:
+    """Neither to describe the machine nor, for a metric whose interval is drawn, to draw it: this one may hold a GPU."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    usual, variable = evaluator.add_env_info, os.environ.get("DISABLE_MULTIPROC")
+    data = write(tmp_path / "texts.jsonl", [{"text": f"{word} and a half"} for word in WORDS[:4]])
+    definition = YAML % (data, tmp_path / "cache", "{{text}}:")
+    (tmp_path / "own.yaml").write_text(definition.replace("aggregation: mean", "aggregation: median"))
+    for start in (subprocess.Popen, multiprocessing.process.BaseProcess):
+        monkeypatch.setattr(start, "__init__", lambda *arguments, **options: pytest.fail("a process is started"))
+    (result,) = run(folder, Task(name=str(tmp_path / "own.yaml")))
+    assert result.n == 4 and result.value in (0.0, 0.5, 1.0)
+    assert evaluator.add_env_info is usual and os.environ.get("DISABLE_MULTIPROC") == variable
 
 
 def test_a_metric_that_is_no_share(folder, tmp_path, monkeypatch) -> None:
