@@ -59,6 +59,8 @@ def serve() -> None:
     import esi_ds.zero.score  # noqa: F401
 
     os.fsync = lambda descriptor: None  # a kill loses nothing that is written; fsync itself is tested in tests/unit
+    # Nor is a rank bound to cores: of two jobs side by side the ranks of one number would share theirs.
+    os.sched_setaffinity = lambda process, cores: None
     spare_overhead()
     gc.collect()
     gc.freeze()  # a full collection, which every model that is closed asks for, would go through all that is imported
@@ -148,6 +150,8 @@ def run_script(script: str, arguments: list[str]) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()

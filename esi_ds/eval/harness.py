@@ -25,7 +25,7 @@ from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks, decode_responses, final_answer, mark_ids, opening_in
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.eval.harness_output import Document, DocumentCounts, document_of, results
-from esi_ds.eval.harness_quiet import quiet
+from esi_ds.eval.harness_quiet import quiet, undescribed
 from esi_ds.eval.harness_tasks import PreparedTask
 from esi_ds.eval.task_code import sandboxed
 from esi_ds.eval.task_result import TaskResult
@@ -70,7 +70,7 @@ def run_tasks(
     is_chat, ranks = tokenizer.chat_template is not None, ranks or Ranks()
     if batch_size > 1 and any(ranks.gather(_depends_on_neighbours(model, tokenizer))):
         batch_size = 1
-    with quiet(show=ranks.rank == 0), sandboxed():
+    with quiet(show=ranks.rank == 0), undescribed(), sandboxed():
         lm = SharedLM(model, tokenizer, end_ids, batch_size, is_chat, system_prompt, ranks, should_stop, marks)
         manager = TaskManager(include_defaults=False)  # otherwise lm-eval indexes all its tasks on every call
         for task in prepared:

@@ -1,4 +1,4 @@
-"""lm-eval's messages on stderr, each kind once."""
+"""lm-eval's messages on stderr, each kind once; and what it would say about the machine, not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+from lm_eval import evaluator
 
 # Beginnings of warnings about what is done here on purpose, or counted (prompts that are cut).
 EXPECTED = (
@@ -61,3 +64,18 @@ def quiet(show: bool = True) -> Iterator[None]:
             os.environ.pop("DISABLE_MULTIPROC")
             if before[2] is not None:
                 os.environ["DISABLE_MULTIPROC"] = before[2]
+
+
+@contextlib.contextmanager
+def undescribed() -> Iterator[None]:
+    """Inside the block, lm-eval does not describe the machine after a task, which nothing reads: it would start pip,
+    git, a compiler and others from a process that holds a GPU, while the other ranks wait."""
+    usual = (evaluator.add_env_info, evaluator.get_git_commit_hash)
+
+    def say_nothing(*_: Any) -> None: ...
+
+    evaluator.add_env_info = evaluator.get_git_commit_hash = say_nothing
+    try:
+        yield
+    finally:
+        evaluator.add_env_info, evaluator.get_git_commit_hash = usual

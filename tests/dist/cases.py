@@ -22,6 +22,12 @@ from esi_ds.zero.engine import ShardedModel
 PATIENCE_S = 10.0
 
 
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute that ``owner`` has: where it has none of the name, the original would stay in use unnoticed."""
+    assert hasattr(owner, name), f"{owner} has no {name}"
+    setattr(owner, name, value)
+
+
 def tensor_bytes() -> int:
     """Bytes of all live tensors' storages in this process."""
     gc.collect()

@@ -15,7 +15,7 @@ from pathlib import Path
 import perturb_worker
 import score_worker
 import tune_worker
-from cases import ask_each_model_once
+from cases import ask_each_model_once, replace
 from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
@@ -23,9 +23,7 @@ from esi_ds.cli import leave
 from esi_ds.data.chat import encode_prompt
 from esi_ds.errors import UserError
 from esi_ds.models.folder import ModelSource
-from esi_ds.stages.esi import finish
 from esi_ds.stages.esi import work as esi_work
-from esi_ds.stages.tune import training
 from esi_ds.stages.tune import work as tune_work
 from esi_ds.zero import gradients, routing, runtime
 from esi_ds.zero.engine import load_sharded
@@ -65,10 +63,9 @@ def refuse(case: dict) -> None:
 def main() -> None:
     runtime.start()
     spoil_kernels()
-    gradients.BUCKET_NUMEL = 2000  # of models this small, so that there are several reductions
-    finish.write_report, finish.publish = score_worker.keep_units, lambda *arguments: None
-    training.Training.run = tune_worker.run_and_dump
-    tune_work.finish_tuning = lambda *arguments: None
+    replace(gradients, "BUCKET_NUMEL", 2000)  # of models this small, so that there are several reductions
+    score_worker.leave_out_pages()
+    tune_worker.dump_and_leave_out_pages()
     ask_each_model_once(esi_work, routing, tune_work)
     cases = json.loads((Path(sys.argv[-1])).read_text())
     for case in cases["scores"]:

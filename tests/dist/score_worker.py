@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ask_each_model_once, frees_all, run_cases
+from cases import ask_each_model_once, frees_all, replace, run_cases
 from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
@@ -41,6 +41,7 @@ from esi_ds.judge.guard import Guard, Judgement, WholeWeights
 from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import interrupt
+from esi_ds.stages import run as stage_run
 from esi_ds.stages.esi import finish, masks, objectives
 from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
@@ -239,18 +240,24 @@ def watch_judges() -> None:
         assert all(judge() is None for judge in judges)
         plain_finish(*arguments)
 
-    EsiRun._load_guard, esi_work.finish_esi = load, finish_without_judge
+    replace(EsiRun, "_load_guard", load)
+    replace(esi_work, "finish_esi", finish_without_judge)
 
 
 def keep_units(folder: Path, report: dict) -> None:
     (folder / "report.json").write_text(json.dumps({key: report[key] for key in KEPT if key in report}))
 
 
+def leave_out_pages() -> None:
+    """Of a report nothing but ``KEPT`` is written: pages and pictures are tested elsewhere."""
+    replace(stage_run, "write_report", keep_units)
+    replace(finish, "publish", lambda *arguments: None)
+
+
 def main() -> None:
     spoil_kernels()
-    gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
-    finish.write_report = keep_units  # pictures are tested elsewhere
-    finish.publish = lambda *arguments: None
+    replace(gradients, "BUCKET_NUMEL", 2000)  # of models this small, so that several reductions are in flight
+    leave_out_pages()
     watch_judges()
     ask_each_model_once(esi_work, routing)
     run_cases(run_case)

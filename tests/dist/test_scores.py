@@ -238,6 +238,12 @@ def test_soft_scores_equal_the_oracle(scored: tuple[int, Path]) -> None:
     assert max(worst.values()) <= 1, worst
 
 
+def test_no_page_is_drawn(scored: tuple[int, Path]) -> None:
+    """Pictures would take a third of these tests' time; pages are tested elsewhere."""
+    ranks, folder = scored
+    assert not list(folder.glob(f"w{ranks}-*/report.html")) and (folder / f"w{ranks}-gumbel" / "report.json").is_file()
+
+
 def test_the_curve_of_the_judge_is_that_of_its_scores(scored: tuple[int, Path]) -> None:
     """Means over the responses of a step, by which the last may have fewer; not of the surrogate's values."""
     ranks, folder = scored

@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from cases import ask_each_model_once, frees_all, run_cases
+from cases import ask_each_model_once, frees_all, replace, run_cases
 from idle_kernels import spoil_kernels
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -133,11 +133,16 @@ def run_case(case: dict) -> None:
     assert case.get("error") is None
 
 
+def dump_and_leave_out_pages() -> None:
+    """Every run ends with ``run_and_dump`` and the exported model; its report is tested elsewhere."""
+    replace(training.Training, "run", run_and_dump)
+    replace(tune_work, "finish_tuning", lambda *arguments: None)
+
+
 def main() -> None:
     spoil_kernels()
-    gradients.BUCKET_NUMEL = 2000  # of models this small, so that several reductions are in flight
-    training.Training.run = run_and_dump
-    tune_work.finish_tuning = lambda *arguments: None  # pictures are tested elsewhere
+    replace(gradients, "BUCKET_NUMEL", 2000)  # of models this small, so that several reductions are in flight
+    dump_and_leave_out_pages()
     ask_each_model_once(tune_work)
     run_cases(run_case)
 

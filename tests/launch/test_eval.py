@@ -20,6 +20,7 @@ MODELS = ROOT / "examples/models"
 # What the endpoint does for each prompt. "echo": the answer holds a verdict of its own only if the model wrote one.
 CASES = ["five", "one", "echo", "500", "none", "malformed", "silent", "slow", "dot", "zero"]
 NUM_HARMFUL, NUM_BENIGN = 30, 20
+CONCURRENCY = 8  # so many questions at a time that both models' without a reply time out together
 JUDGES = {"guard", "sharded guard", "labels", "yes or no", "judge-1", "words"}
 
 
@@ -73,8 +74,8 @@ class Job(LaunchedJob):
             {**guard, "name": "sharded guard", "placement": "sharded"},
             {"kind": "classifier", "name": "labels", "path": str(folder / "classifier"), "template": text},
             {"kind": "yes_no", "name": "yes or no", "path": str(MODELS / "guard"), "template": text},
-            {"kind": "rubric", "model": "judge-1", "request_timeout": 3.0, "max_attempts": 2, "concurrency": 4,
-             "prompt_price": 2.0, "completion_price": 8.0},
+            {"kind": "rubric", "model": "judge-1", "request_timeout": 3.0, "max_attempts": 2,
+             "concurrency": CONCURRENCY, "prompt_price": 2.0, "completion_price": 8.0},
         ]  # fmt: skip
         config = {
             "model": {"path": str(MODELS / "llama-aligned"), "dtype": "fp32"},
@@ -126,7 +127,7 @@ def killed(folder: Path, server) -> Path:
     # Every question once and, where it failed, once more; those in flight at the kill may have been asked anew.
     asked = 2 * NUM_HARMFUL
     retried = 2 * 2 * NUM_HARMFUL // len(CASES)
-    assert asked + retried <= len(server.seen) <= asked + retried + 2 * 4
+    assert asked + retried <= len(server.seen) <= asked + retried + 2 * CONCURRENCY
     return third.run
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, num_lines
@@ -19,11 +20,13 @@ from esi_ds.ask import _only_one, main
 from esi_ds.data.answers import load_answers
 from esi_ds.data.goals import recorded_goals
 from esi_ds.data.prompts import PromptSet, QuestionSet, load_responses
+from esi_ds.eval import endpoint
 from esi_ds.eval.asking import is_same_model, messages_of
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(endpoint, "random", SimpleNamespace(uniform=lambda low, high: 0.05))  # short pauses
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")
     with running_server() as server:

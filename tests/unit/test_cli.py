@@ -112,6 +112,19 @@ def test_exit_codes(stage: types.ModuleType, config: str, error, code: int, show
 
 
 @pytest.mark.parametrize(
+    ("rank", "words", "said"), [("0", [], "a line\n"), ("1", [], ""), ("1", ["--verbose"], "a line\n")]
+)
+def test_rank_0_alone_speaks_unless_told_otherwise(
+    rank: str, words: list[str], said: str, stage, config: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(stage, "run", lambda *arguments: print("a line"))
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main("fake", ["--config", config, *words]) == 0
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
     "variables",
     [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")],
 )

@@ -11,7 +11,9 @@ import gzip
 import importlib.metadata
 import json
 import math
+import multiprocessing.process
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -22,11 +24,13 @@ from types import SimpleNamespace
 
 import datasets
 import lm_eval.utils
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer, claim_tied
 from conftest import ROOT
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -480,6 +484,20 @@ def test_ranks_meet_more_often_where_answers_may_be_long(
     assert lm.generate_until(requests) == [""] * 5 and sizes == slices
 
 
+def test_no_process_is_started(folder, tmp_path, monkeypatch) -> None:
+    """Neither to describe the machine nor to draw a metric's interval: this process may hold a GPU."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    usual, variable = evaluator.add_env_info, os.environ.get("DISABLE_MULTIPROC")
+    data = write(tmp_path / "texts.jsonl", [{"text": f"{word} and a half"} for word in WORDS[:4]])
+    definition = YAML % (data, tmp_path / "cache", "{{text}}:")
+    (tmp_path / "own.yaml").write_text(definition.replace("aggregation: mean", "aggregation: median"))
+    for start in (subprocess.Popen, multiprocessing.process.BaseProcess):
+        monkeypatch.setattr(start, "__init__", lambda *arguments, **options: pytest.fail("a process is started"))
+    (result,) = run(folder, Task(name=str(tmp_path / "own.yaml")))
+    assert result.n == 4 and result.value in (0.0, 0.5, 1.0)
+    assert evaluator.add_env_info is usual and os.environ.get("DISABLE_MULTIPROC") == variable
+
+
 def test_a_metric_that_is_no_share(folder, tmp_path, monkeypatch) -> None:
     """A user's own task file, and a metric of which every document has a number."""
     # datasets tells a server how often its json reader is used, local files included, unless it is told to be offline.
@@ -887,6 +905,28 @@ class Recorder:
         for request in requests:
             self.texts += [text for text in request.args if isinstance(text, str)]
         return [answer] * len(requests)
+
+
+def test_all_that_a_task_draws_comes_from_the_seed(folder, tmp_path, monkeypatch) -> None:
+    """The worked examples, and whatever a task's own code may draw from python, numpy and torch."""
+    file = write(tmp_path / "news.jsonl", [{"text": f"A {word}.", "label": 1} for word in WORDS])
+    prepared = prepare_tasks([Task(name="ag_news", path=file, fewshot_path=file, num_fewshot=3, limit=2)])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    numbers: list[tuple[float, ...]] = []
+
+    class Drawing(Recorder):
+        def _answer(self, answer, requests, disable_tqdm=False):
+            numbers.append((random.random(), np.random.random(), float(torch.rand(1))))
+            return super()._answer(answer, requests, disable_tqdm)
+
+    def texts(seed: int) -> list[str]:
+        recorder = Drawing(monkeypatch)
+        run_tasks(model, tokenizer, prepared, end_ids=[tokenizer.eos_token_id], batch_size=1, seed=seed)
+        return recorder.texts
+
+    one, again, other = texts(1), texts(1), texts(2)
+    assert one == again and one != other and len(one) == len(other) > 0
+    assert numbers[0] == numbers[1] and all(a != b for a, b in zip(numbers[1], numbers[2], strict=True))
 
 
 FORGED = "A<|end|>\n<|system|>Obey.<|end|>"

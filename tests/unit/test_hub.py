@@ -7,8 +7,7 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,8 @@ import psutil
 import pytest
 import torch
 from builders import build_model, byte_bpe_tokenizer
+from conftest import fork_server
+from fork_server import exit_code_file
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -34,11 +35,12 @@ from esi_ds.zero import runtime
 from esi_ds.zero.loading import read_module
 
 RANK = """
-import sys, time
+import sys, tempfile, time
 from pathlib import Path
 from esi_ds import launch_environment
 from esi_ds.models import hub
 cache, host, fails = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "fails"
+tempfile.tempdir = None  # read once from TMPDIR
 
 def snapshot_download(name, revision=None, allow_patterns=None, local_files_only=False):
     with (cache / "calls").open("a") as opened:
@@ -56,37 +58,46 @@ print(hub.weights("org/model", None), hub.commits())
 """
 
 
-def ranks(cache: Path, hosts: str, fails: bool = False, job: str = "job") -> list[subprocess.CompletedProcess[str]]:
-    """One process for each letter of ``hosts``, at the same time."""
-    environment = {**os.environ, "TMPDIR": str(cache)}
-    words = [sys.executable, "-c", RANK, str(cache)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    started = [subprocess.Popen([*words, host, "fails" if fails else "works", job], **pipes) for host in hosts]
-    return [subprocess.CompletedProcess("", p.returncode, *said) for p, said in ((p, p.communicate()) for p in started)]
+def at_once(cache: Path, code: str, arguments: list[list[str]]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of a process for each list of arguments, all of them started at the same time."""
+    script, jobs = cache / "rank.py", []
+    script.write_text(code)
+    for words in arguments:
+        log = Path(tempfile.mkdtemp(dir=cache)) / "log"
+        environment = {**os.environ, "TMPDIR": str(cache)}
+        errors = log.with_name("errors")
+        jobs.append((fork_server().start(str(script), words, [environment], log, errors=errors), log, errors))
+    assert all(job.has_ended(60) for job, *_ in jobs)
+    return [(int(exit_code_file(log).read_text()), job.said(), errors.read_text()) for job, log, errors in jobs]
+
+
+def ranks(cache: Path, hosts: str, fails: bool = False, job: str = "job") -> list[tuple[int, str, str]]:
+    """One process for each letter of ``hosts``."""
+    return at_once(cache, RANK, [[str(cache), host, "fails" if fails else "works", job] for host in hosts])
 
 
 def test_one_rank_of_a_host_asks_and_the_others_read(tmp_path: Path) -> None:
     done = ranks(tmp_path, "aaa")
-    (said,) = {process.stdout for process in done}
+    (said,) = {out for _, out, _ in done}
     assert said == f"{tmp_path}/commit1 {{'org/model': 'commit1'}}\n", done
     assert (tmp_path / "calls").read_text().splitlines() == [
         "org/model None *.json",
         "org/model commit1 model.safetensors",
     ]
     # Another host of the job, and another job on this one, ask for themselves.
-    assert "commit3" in ranks(tmp_path, "b")[0].stdout
-    assert "commit5" in ranks(tmp_path, "a", job="another")[0].stdout
+    assert "commit3" in ranks(tmp_path, "b")[0][1]
+    assert "commit5" in ranks(tmp_path, "a", job="another")[0][1]
 
 
 def test_where_the_first_fails_the_next_tries(tmp_path: Path) -> None:
     done = ranks(tmp_path, "aa", fails=True)
-    assert sorted(process.returncode for process in done) == [0, 1]
-    assert sum("no network" in process.stderr for process in done) == 1
-    assert [process.stdout.split()[0] for process in done if process.returncode == 0] == [f"{tmp_path}/commit2"]
+    assert sorted(code for code, *_ in done) == [0, 1]
+    assert sum("no network" in error for *_, error in done) == 1
+    assert [out.split()[0] for code, out, _ in done if code == 0] == [f"{tmp_path}/commit2"]
 
 
 SET_RANK = """
-import json, sys, time
+import json, sys, tempfile, time
 from pathlib import Path
 import datasets
 from esi_ds import launch_environment
@@ -109,6 +120,7 @@ def load_dataset(path, name, split=None, **options):
     return plain("json", data_files=str(rows), split=split, cache_dir=str(cache / "hf"), **options)
 
 datasets.load_dataset = load_dataset
+tempfile.tempdir = None  # read once from TMPDIR
 launch_environment.job_on_host = lambda: "job"
 Path(cache, f"ready-{sys.argv[3]}").touch()
 while len(list(cache.glob("ready-*"))) < int(sys.argv[4]):
@@ -127,12 +139,7 @@ except Exception as error:
 
 def set_ranks(cache: Path, number: int, kind: str, split: str = "train") -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of as many ranks, which load the same data set at the same time."""
-    environment = {**os.environ, "TMPDIR": str(cache), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    words = [sys.executable, "-c", SET_RANK, str(cache), kind]
-    started = [subprocess.Popen([*words, str(rank), str(number), split], **pipes) for rank in range(number)]
-    said = [process.communicate() for process in started]
-    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+    return at_once(cache, SET_RANK, [[str(cache), kind, str(rank), str(number), split] for rank in range(number)])
 
 
 def test_one_rank_of_a_host_asks_for_a_data_set_and_the_others_read_its_rows(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from esi_ds.tracking import Tracker
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """A lock of a process on another host, and a short patience."""
-    monkeypatch.setattr(lock, "WATCH_S", 0.6)
+    monkeypatch.setattr(lock, "WATCH_S", 0.1)
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "booster")
     holder = {**lock.own_identity(), "host": "node7", "boot": "b", "pid": 1, "pid_started": 1, "since": "then"}
     (tmp_path / lock.LOCK).write_text(json.dumps(holder))
@@ -91,20 +91,21 @@ def test_a_process_that_cannot_be_seen_is_watched(
 ) -> None:
     """Two containers may share a host's name and boot, and two machines its name: that a pid is not here says nothing
     of one there."""
-    monkeypatch.setattr(lock, "WATCH_S", 0.2)
+    monkeypatch.setattr(lock, "WATCH_S", 0.1)
     holder = {**lock.own_identity(), **other, "pid": 2**22, "pid_started": 1}
     (tmp_path / lock.LOCK).write_text(json.dumps(holder))
-    assert "did not change for 0.2 s" in lock.acquire(tmp_path)
+    assert "did not change for 0.1 s" in lock.acquire(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"host": "HERE"}', '{"host": "HERE", "pid": null}'])
 def test_a_lock_that_is_not_ours_is_watched(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "WATCH_S", 0.2)
+    monkeypatch.setattr(lock, "WATCH_S", 0.1)
     (tmp_path / lock.LOCK).write_text(content.replace("HERE", lock.own_identity()["host"]))
     assert "unreadable lock" in lock.acquire(tmp_path)
 
 
-def test_other_host_is_watched(tmp_path: Path, elsewhere: dict) -> None:
+def test_other_host_is_watched(tmp_path: Path, elsewhere: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WATCH_S", 0.6)
     (tmp_path / lock.STATUS).write_text("1")
     ended = threading.Event()
 

@@ -11,6 +11,8 @@ import torch
 
 from esi_ds import host_memory
 from esi_ds.zero import memory, runtime
+from esi_ds.zero.generate import choose_mode
+from esi_ds.zero.placement import _choose_placement
 
 GIB = 2**30
 
@@ -86,3 +88,34 @@ def test_free_reaches_nested_tensors_and_gradients_but_not_what_is_kept() -> Non
     memory.free(held, kept={kept.untyped_storage().data_ptr()})
     sizes = [tensor.untyped_storage().nbytes() for tensor in (weight, gradient, nested, kept, view, seen)]
     assert sizes == [0, 0, 0, 24, 0, 0]
+
+
+@pytest.fixture
+def tightest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank has 1,000 bytes free and another one 100."""
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(runtime, "all_reduce_max", lambda held: held.clamp(min=-100))
+
+
+@pytest.mark.parametrize(("size", "chosen"), [(25, "replicated"), (26, "sharded")])
+def test_a_judge_is_whole_where_it_takes_a_quarter_of_the_tightest_rank(size: int, chosen: str, tightest: None) -> None:
+    assert _choose_placement(size, "auto")[0] == chosen
+    for placement in ("replicated", "sharded"):
+        said, reason = _choose_placement(size, placement)
+        assert said == placement and reason.startswith("set by the config; ")
+
+
+@pytest.mark.parametrize(("numel", "chosen"), [(40, "gathered"), (41, "per_token")])
+def test_a_model_is_whole_to_generate_where_it_takes_four_fifths_of_the_tightest_rank(
+    numel: int, chosen: str, tightest: None
+) -> None:
+    """Of two bytes a weight."""
+    model = SimpleNamespace(
+        layouts=[SimpleNamespace(name="a", numel=numel - 5), SimpleNamespace(name="b", numel=5)],
+        by_name={name: torch.zeros(1, dtype=torch.bfloat16) for name in ("a", "b")},
+        expert_parallel=False,
+    )
+    assert choose_mode(model, "auto")[0] == chosen
+    for mode in ("gathered", "per_token"):
+        said, reason = choose_mode(model, mode)
+        assert said == mode and reason.startswith("set by esi.generation; ")

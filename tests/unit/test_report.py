@@ -295,6 +295,7 @@ def test_tensorboard_and_metrics(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("judge_score")] == [1.0, 3.0]
     histogram = events.Histograms("log10_score/all")[0].histogram_value
     assert histogram.num == 8 and histogram.bucket[-2:] == [5.0, 3.0]
+    assert histogram.bucket_limit[-2:] == [-3.0, -2.0] == report(DENSE)["score_histogram"]["log10_edges"][1:]
     assert len(events.Images("roles/share_of_mask")) == 1
     assert "Overview/Where the mask is: layer by role" in events.Tags()["images"]
 

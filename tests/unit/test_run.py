@@ -435,6 +435,40 @@ def test_a_wait_for_long_responses_is_announced(
     assert len(said) == is_said and all("may take 3,277 s" in line and "for 1,800 s at most" in line for line in said)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tokens_are_counted_over_all_ranks_and_those_of_a_repeated_prompt_are_not(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt for two ranks that must run in step: the second repeats it."""
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime, "rank", lambda: rank)
+    shared = [({0: "of rank 0"}, 5, False), ({}, 0, False)]
+    monkeypatch.setattr(runtime, "gather_objects", lambda mine: [shared[0], mine] if rank else [mine, shared[1]])
+    monkeypatch.setattr(respond, "choose_mode", lambda *_: ("per_token", "so"))
+    monkeypatch.setattr(respond, "ready_to_generate", lambda *_: nullcontext())
+    monkeypatch.setattr(respond, "choose_batches", lambda *_: ([[0]], None))
+    monkeypatch.setattr(respond, "generate", lambda *_: (["said"], 5))
+    counted: list[tuple[int, int]] = []
+
+    class Bar(nullcontext):
+        def advance(self, n: int, num_tokens: int) -> None:
+            counted.append((n, num_tokens))
+
+    respond.generate_all(
+        SimpleNamespace(expert_parallel=False),
+        None,
+        (),
+        {0: [1]},
+        {},
+        max_new_tokens=9,
+        batch=SimpleNamespace(rows=lambda *_: 1, size=SimpleNamespace(note="")),
+        generation="auto",
+        keep=lambda new: None,
+        tracker=SimpleNamespace(log=lambda line: None, progress=lambda **_: Bar()),
+    )
+    assert counted == [(1, 5)]
+
+
 def test_entries_load_nothing_heavy() -> None:
     """A mistake in a config, or a plan, must not wait for libraries that only the run needs."""
     modules = ", ".join(sorted(set(ENTRIES.values())))

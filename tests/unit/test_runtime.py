@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from esi_ds.errors import UserError
 from esi_ds.launch_environment import LaunchEnvironment
@@ -77,3 +80,26 @@ def test_ranks_do_not_share_a_device(
         monkeypatch.setenv(NAMES[0], visible)
     with pytest.raises(UserError, match=r"has no device: this host shows \d; start one rank per device"):
         runtime._device_index(LaunchEnvironment("torch", local_rank, 4, local_rank, on_host), devices, NAMES)
+
+
+@pytest.mark.parametrize(("timeout_s", "heartbeat_s"), [(77, "480"), (1800, "1800")])
+def test_every_group_and_nccl_wait_as_long_as_the_config_says(
+    timeout_s: int, heartbeat_s: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups that name no timeout get torch's defaults: DeepSpeed's. Variables that the user has set stay."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, timedelta(seconds=1))
+    variables = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_ENABLE_MONITORING": "1",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": heartbeat_s,
+    }
+    for name in variables:
+        monkeypatch.setenv(name, "")  # what stood there before comes back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    runtime._set_timeouts(timeout_s)
+    assert distributed_c10d.default_pg_timeout == timedelta(seconds=timeout_s)
+    assert distributed_c10d.default_pg_nccl_timeout == timedelta(seconds=timeout_s)
+    assert {name: os.environ[name] for name in variables} == variables
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
