@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +35,7 @@ def _stored_ends(source: ModelSource, name: str) -> set[int]:
         file = source.folder() / name
     if not file.is_file():  # a model need not have a generation_config.json
         return set()
-    content = read_configuration(Path(file), source.field, "mend the file, or download the model again")
+    content = read_configuration(file, source.field, "mend the file, or download the model again")
     text = content.get("text_config")
     ends: set[int] = set()
     for section in (content, text if isinstance(text, dict) else {}):
