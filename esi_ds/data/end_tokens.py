@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.data.chat import TemplateRejection, render
