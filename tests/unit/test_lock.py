@@ -263,6 +263,7 @@ def test_status_while_running_and_after(tmp_path: Path, monkeypatch: pytest.Monk
         assert shown["seconds_left"] == pytest.approx(3 / shown["rate"])
         (tmp_path / "checkpoint/safety/position-4").mkdir(parents=True)
         (tmp_path / "checkpoint/safety/position-4/state.json").write_text("{}")
+        bar.close()  # a bar that is left open moves those of later tests
         raise Interrupted("x")
     assert status.main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -286,6 +287,7 @@ def test_the_rate_of_a_phase_that_has_ended_stays(done: int, tmp_path: Path) -> 
         tracker._status._write("running")  # type: ignore[union-attr]
         shown = status.show(tmp_path, time.time())
         assert ("a second; what follows is not counted" in shown) == (done == 8)
+        bar.close()
 
 
 def test_status_of_a_run_that_was_killed(tmp_path: Path) -> None:
