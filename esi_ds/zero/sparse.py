@@ -124,6 +124,9 @@ class CompactGradients:
         norm_squared = torch.tensor(_norm(local) ** 2, dtype=torch.float64)
         return local, math.sqrt(runtime.all_reduce_sum(norm_squared))
 
+    def zero(self) -> None:
+        self.sums.zero_()
+
 
 def _range_within(layout: Shard, bounds: tuple[int, int], positions: Tensor | None, layout_range: slice) -> slice:
     """The part of a tensor's range in the sums that lies within ``bounds``, a rank's partition of it.
@@ -178,6 +181,9 @@ class ScatteredGradients(ReducedGradients):
         """As in ``CompactGradients``. Collectives: one all-reduce of the squared norm."""
         norm_squared = torch.tensor(_norm(self.sums) ** 2, dtype=torch.float64)
         return self.sums.clone(), math.sqrt(runtime.all_reduce_sum(norm_squared))
+
+    def zero(self) -> None:
+        self.sums.zero_()
 
 
 class SparseTuner(Tuner):
@@ -252,7 +258,7 @@ class SparseTuner(Tuner):
             eps=self.rule.eps,
             weight_decay=self.rule.weight_decay,
         )
-        self.gradients.sums.zero_()
+        self.gradients.zero()
         self._write_back()
         return norm
 
