@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ask_each_model_once, frees_all, replace, run_cases
+from cases import ask_each_model_once, frees_all, replace, run_cases, take_a_second
 from idle_kernels import spoil_kernels
 from transformers import AutoTokenizer
 
@@ -42,7 +42,7 @@ from esi_ds.models.folder import ModelSource
 from esi_ds.options import Options
 from esi_ds.stages import interrupt
 from esi_ds.stages import run as stage_run
-from esi_ds.stages.esi import finish, masks, objectives
+from esi_ds.stages.esi import finish, masks, objectives, score
 from esi_ds.stages.esi import work as esi_work
 from esi_ds.stages.esi.objectives import MeanLoss, SquaredRowGradients
 from esi_ds.stages.esi.prepare import encode_examples, prepare
@@ -226,14 +226,16 @@ KEPT = ("units", "selection", "score_histogram", "score_histograms_by_role", "fu
 
 
 def watch_judges() -> None:
-    """Once everything is scored the judge must be gone, also one of which every rank has a whole copy. (Modules of
-    sharded ones stay, without tensors.)"""
+    """A judge is placed as the config says, and gone once everything is scored, also one of which every rank has a
+    whole copy. (Modules of sharded ones stay, without tensors.)"""
     plain_load, plain_finish = EsiRun._load_guard, esi_work.finish_esi
     judges: list[weakref.ref] = []
 
     def load(self: EsiRun, judge) -> Guard:
         guard = plain_load(self, judge)
-        judges[:] = [weakref.ref(guard.model)] if isinstance(guard._weights, WholeWeights) else []
+        is_whole, placement = isinstance(guard._weights, WholeWeights), judge.section.placement
+        assert placement == "auto" or is_whole == (placement == "replicated")
+        judges[:] = [weakref.ref(guard.model)] if is_whole else []
         return guard
 
     def finish_without_judge(*arguments) -> None:
@@ -259,6 +261,7 @@ def main() -> None:
     replace(gradients, "BUCKET_NUMEL", 2000)  # of models this small, so that several reductions are in flight
     leave_out_pages()
     watch_judges()
+    take_a_second(score)
     ask_each_model_once(esi_work, routing)
     run_cases(run_case)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from cases import ask_each_model_once, frees_all, replace, run_cases
+from cases import ask_each_model_once, frees_all, replace, run_cases, take_a_second
 from idle_kernels import spoil_kernels
 from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -143,6 +143,7 @@ def main() -> None:
     spoil_kernels()
     replace(gradients, "BUCKET_NUMEL", 2000)  # of models this small, so that several reductions are in flight
     dump_and_leave_out_pages()
+    take_a_second(training)
     ask_each_model_once(tune_work)
     run_cases(run_case)
 
