@@ -97,7 +97,7 @@ def test_samples_do_not_depend_on_ranks_batches_or_restarts(tmp_path: Path) -> N
     assert by_goal["attack_success"]["clustered_by"] == "goal" and by_goal["attack_success"]["clusters"] == 1
     assert by_goal["any_attack_success"]["n"] == 1
     page = (alone.run / "report.html").read_text()
-    assert f"after: {ATTACKS[0]['goal']}" in page and "judges read goal (1 distinct)" in page
+    assert f"after: <bdi>{ATTACKS[0]['goal']}</bdi>" in page and "judges read goal (1 distinct)" in page
     judged = [(row["goal"], row["response"]) for row in attacks]
     scores = [row["score"] for row in stored if row["set"] == "attacks"]
     assert scores == pytest.approx(guard_scores(judged), rel=1e-3, abs=1e-6)
