@@ -55,8 +55,8 @@ name, makes them.
 
 Times are calculated without generation and judging, for prompts (with their answers) and rows of {TOKENS} tokens: a
 pass at {MFU:.0%} of an H100's bf16 peak, or the traffic of ZeRO-3 at 300 GB/s per GPU within a node and 50 GB/s between
-nodes, whichever takes longer. They leave out the optimizer's step on the hosts, of several seconds, where a recipe has
-it there (marked with *). This page is made by `python -m benchmarks.recipes docs/recipes.md`.
+nodes, whichever takes longer. Where a recipe runs the optimizer on the hosts (marked
+with *), add several seconds a step. This page is made by `python -m benchmarks.recipes docs/recipes.md`.
 
 | recipe | weights | active weights | nodes × GPUs | ESI, GiB per GPU | SET, GiB per GPU | SPA, GiB per GPU | \
 ESI: scoring {PROMPTS} prompts | SET: training {STEPS["set"]:,} steps | SPA: training {STEPS["spa"]:,} steps |

@@ -3,12 +3,15 @@
 # image, where neither a daemon nor a registry of images is at hand. As root on Debian, from the project's top folder:
 #   apt-get install buildah mmdebstrap
 #   containers/check.sh [--env NAME=VALUE | --volume FROM:TO:ro ...]     # for pip: a mirror's configuration, certificates
-# Debian 12 takes the place of NVIDIA's image, so this shows that the steps work, not that CUDA does. esi_ds stays.
+# Debian 12 takes the place of NVIDIA's image, so this shows that the steps work, not that CUDA does. The image
+# esi_ds is kept.
 set -euo pipefail
 export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
 from=$(sed -n 's/^FROM //p' containers/Dockerfile)
 work=$(mktemp -d)
-trap 'buildah rm --all > /dev/null; buildah rmi --force "docker.io/$from" > /dev/null; rm -rf "$work"' EXIT
+base='' image='' definition=''
+# shellcheck disable=SC2086 # those that were made
+trap 'set +e; buildah rm $base $image $definition; buildah rmi --force "docker.io/$from"; rm -rf "$work"' EXIT
 
 mmdebstrap --variant=minbase --include=ca-certificates,build-essential bookworm "$work/base.tar" http://deb.debian.org/debian
 base=$(buildah from scratch)

@@ -91,7 +91,7 @@ class Bar(tqdm):
         was_drawn = super().update(n)
         if self.n >= self.total:
             self._seconds = self.format_dict["elapsed"]
-        if self.on_update is not None:
+        if n and self.on_update is not None:  # where nothing was done there is no new point
             self.on_update(self)
         return was_drawn
 

@@ -9,7 +9,7 @@ export SBATCH_GPUS_PER_NODE=8
 export SBATCH_EXCLUSIVE=exclusive SBATCH_MEM_PER_NODE=0
 #export SBATCH_CPUS_PER_GPU=12 SBATCH_MEM_PER_GPU=120G
 
-# One task per device: 8, or the 8 of h100:8.
+# One task per device: the number above, 8 of h100:8. If you request GPUs in another way, write the number here.
 export ESI_DS_TASKS_PER_NODE=${SBATCH_GPUS_PER_NODE##*:}
 
 # Software on the nodes: load the modules of your site's Python here. CUDA's libraries come with torch.

@@ -2,7 +2,7 @@
 # Submit ESI -> SET and SPA -> evaluation as jobs that wait for each other. From the project's top folder:
 #   slurm/pipeline.sh --runs FOLDER --esi FILE [--set FILE] [--spa FILE] [--eval FILE] [--seeds 0-4 | --prompts "A B"]
 #                     [--ratio R] [--criterion NAME] [-- options of sbatch]
-# FILE: a config, or the name of a recipe. --ratio: of the weights, the share in the mask, instead of that in ESI's config.
+# FILE: a config, or the name of a recipe. --ratio: the share of weights in the mask, in place of ESI's config's; 0.1 for SPA.
 # --criterion: the mask that SET and SPA use, if ESI's config lists several.
 # --seeds: an array of chains, one per seed. --prompts: one chain for each set of prompts that ESI scores with.
 # Each chain writes FOLDER/<seed or number>/{esi,set,spa,eval}, a single one FOLDER/{esi,set,spa,eval}; one TensorBoard on

@@ -192,7 +192,7 @@ class Judge(BaseHTTPRequestHandler):
         self.send_response(status)
         if encoding:
             self.send_header("Content-Encoding", encoding)
-        if status == 429 and self.server.interval == 0:
+        if status in (429, 502) and self.server.interval == 0:
             self.send_header("Retry-After", self.server.retry_after)
         if status == 302:
             self.send_header("Location", "/elsewhere")

@@ -32,7 +32,8 @@ OPENAI_URL = "https://api.openai.com/v1"
 TRANSIENT = {408, 409, 425, 429}
 # The server takes no question for now: it limits the asker's rate, or is overloaded. Such a refusal is no attempt.
 BUSY = {429, 503, 529}
-NO_CREDIT = b"insufficient_quota"  # of OpenAI's 429 that no pause overcomes
+# Of OpenAI's 429 that no pause overcomes: the account has no credit, or the question alone is above its limit.
+NO_CREDIT, TOO_LARGE = b"insufficient_quota", b"Request too large"
 # Refusals of one question (too long) while others get replies; a wrong key or model refuses them all.
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
@@ -338,7 +339,8 @@ async def _attempts(
         except _Transient as failure:
             failures.append(failure)
             # Random, so that the workers do not all ask again at once, also after a time that the server names.
-            pause = failure.pause + min(backoff, endpoint.max_backoff) * random.uniform(0.5, 1.5)
+            named = failure.pause if failure.is_busy else min(failure.pause, endpoint.max_backoff)
+            pause = named + min(backoff, endpoint.max_backoff) * random.uniform(0.5, 1.5)
             num_attempts = sum(not failure.is_busy for failure in failures)
             if num_attempts >= endpoint.max_attempts or time.monotonic() + pause >= deadline:
                 raise
@@ -360,6 +362,8 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
         raise _Transient(f"the reply cannot be decompressed: {error}") from error
     told = _told_status(body) if status == 200 else None
     meant = told or status
+    if meant in BUSY and TOO_LARGE in body:
+        return 413, body  # which other servers say
     if (meant in TRANSIENT or meant >= 500) and not (meant in BUSY and NO_CREDIT in body):
         words = f", which says: {_excerpt(body, endpoint.key)}" if told else ""
         raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")), meant in BUSY)

@@ -98,6 +98,23 @@ def test_a_limit_that_outlasts_the_question_is_not_waited_for(server: Server, mo
     assert time.monotonic() - start < 30 and reply.problem == "HTTP 429, 1 attempts" and not reply.asked
 
 
+def test_a_failure_has_its_attempts_whenever_the_server_wants_to_be_asked_again(server: Server, monkeypatch) -> None:
+    monkeypatch.setitem(CASES, "maintenance", (502, b"be patient"))
+    monkeypatch.setattr(Server, "retry_after", "86400")
+    endpoint = model_at(server, item_timeout=60.0, max_backoff=0.01).endpoint
+    (reply,) = ask_all(endpoint, ["CASE maintenance;"])
+    assert reply.problem == "HTTP 502, 2 attempts" and reply.asked
+
+
+def test_a_question_above_the_limit_is_refused_for_itself(server: Server, monkeypatch) -> None:
+    """As OpenAI says it, with the status of a limit: asked again, it would be refused at every start."""
+    body = b'{"error": {"message": "Request too large for gpt-4o on tokens per min", "code": "rate_limit_exceeded"}}'
+    monkeypatch.setitem(CASES, "too many tokens", (429, body))
+    replies = ask_all(model_at(server, concurrency=1).endpoint, ["CASE one;", "CASE too many tokens;"])
+    assert replies[1].asked and replies[1].is_alive and "Request too large" in str(replies[1].problem)
+    assert server.attempts["too many tokens"] == 1
+
+
 def test_asking_a_busy_server_ends_without_being_cancelled(server: Server) -> None:
     """A cancellation that comes as a reply does may be lost, and no number of attempts would end it."""
     server.interval, server.free_at = 1.0, math.inf

@@ -117,3 +117,5 @@ def test_a_pattern_that_is_not_that_of_tekken_is_remarked_on(
     remarks = other_patterns(sources)
     assert len(remarks) == is_other
     assert all(f"model.path = {folder}: tokenizer.json splits texts by another pattern" in line for line in remarks)
+    (folder / "tekken.json").write_text("version https://git-lfs.github.com/spec/v1")
+    assert other_patterns(sources) == []
