@@ -473,8 +473,17 @@ def test_rounding_that_decides_between_two_tokens_does_not_separate_prompts() ->
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "roberta"])
 def test_rounding_of_bf16_does_not_separate_prompts(kind: str) -> None:
-    """transformers gives the logits of generation in fp32, of whose rounding they are not."""
-    model = sharded(build(kind).to(torch.bfloat16))
+    """transformers gives the logits of generation in fp32, of whose rounding they are not.
+
+    Rows beside others are rounded otherwise, as by some processors' products of bf16; others' are the same bits.
+    """
+    module = build(kind).to(torch.bfloat16)
+
+    def round_otherwise(head: nn.Module, arguments: Any, logits: Tensor) -> Tensor:
+        return logits * (1 + 2**-7) if len(logits) > 1 else logits
+
+    module.get_output_embeddings().register_forward_hook(round_otherwise)
+    model = sharded(module)
     assert may_stand_together(model, byte_bpe_tokenizer(), "gathered") is Together.ANY
     assert model.beside.distance > ROUNDING[torch.float32]
 
