@@ -77,7 +77,9 @@ def files(name: str, revision: str | None, only_local: bool = False) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, local_files_only=True))
 
     def download() -> str:
-        return snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES)
+        # Else huggingface_hub 1.31 asks for a commit's list of files, unless it filled the cache itself.
+        offline = constants.HF_HUB_OFFLINE
+        return snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, local_files_only=offline)
 
     _resolved[key] = Path(once_on_host(f"files {name} {revision}", download))
     return _resolved[key]
@@ -92,7 +94,8 @@ def weights(name: str, revision: str | None, field: str = "model.path") -> Path:
     if folder not in _complete:
 
         def download() -> str:
-            return snapshot_download(name, revision=folder.name, allow_patterns=names)
+            offline = constants.HF_HUB_OFFLINE
+            return snapshot_download(name, revision=folder.name, allow_patterns=names, local_files_only=offline)
 
         names = names_to_fetch(folder, field)
         once_on_host(f"weights {name} {folder.name}", download)
