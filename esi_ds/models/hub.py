@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,15 +75,20 @@ def files(name: str, revision: str | None, only_local: bool = False) -> Path:
         return _resolved[key]
     revision = _kept.get(model_name(name, revision), revision)
     if only_local:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, local_files_only=True))
-
-    def download() -> str:
-        # Else huggingface_hub 1.31 asks for a commit's list of files, unless it filled the cache itself.
-        offline = constants.HF_HUB_OFFLINE
-        return snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, local_files_only=offline)
-
+        return Path(_snapshot(name, revision, SMALL_FILES, only_local=True))
+    download = partial(_snapshot, name, revision, SMALL_FILES)
     _resolved[key] = Path(once_on_host(f"files {name} {revision}", download))
     return _resolved[key]
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], only_local: bool = False) -> str:
+    """A model's folder in the hub's cache, with the files of these names or patterns.
+
+    Offline huggingface_hub is told to stay local, too: 1.31 else asks for a commit's list of files, unless it filled
+    the cache itself.
+    """
+    stays_local = only_local or constants.HF_HUB_OFFLINE
+    return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=stays_local)
 
 
 def weights(name: str, revision: str | None, field: str = "model.path") -> Path:
@@ -92,12 +98,7 @@ def weights(name: str, revision: str | None, field: str = "model.path") -> Path:
     """
     folder = files(name, revision)
     if folder not in _complete:
-
-        def download() -> str:
-            offline = constants.HF_HUB_OFFLINE
-            return snapshot_download(name, revision=folder.name, allow_patterns=names, local_files_only=offline)
-
-        names = names_to_fetch(folder, field)
+        download = partial(_snapshot, name, folder.name, names_to_fetch(folder, field))
         once_on_host(f"weights {name} {folder.name}", download)
         _complete.add(folder)
     return folder
