@@ -15,14 +15,13 @@ import numpy as np
 from scipy import signal, stats
 
 from esi_ds.eval.statistics import (
-    BOOTSTRAP_CHUNK,
     CONFIDENCE,
-    RESAMPLES,
     Agreement,
     PairedScores,
     Rate,
     Z,
     all_alike,
+    bootstrap_interval,
     cohen_kappa,
     mcnemar_exact,
     paired_bootstrap,
@@ -193,18 +192,7 @@ def _ratio_interval(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[flo
     where every cluster's own ratio is the same, or there is none."""
     if not len(sums) or all_alike(sums / sizes):
         return None, None
-    interval = stats.bootstrap(
-        (sums, sizes),
-        lambda drawn, drawn_sizes, axis: drawn.sum(axis) / drawn_sizes.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, BOOTSTRAP_CHUNK // len(sums)),
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    return bootstrap_interval((sums, sizes), lambda drawn, sizes, axis: drawn.sum(axis) / sizes.sum(axis), seed)
 
 
 def cluster_kappa(

@@ -7,7 +7,7 @@ is evidence of neither outcome.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -146,16 +146,29 @@ def paired_bootstrap(before: Sequence[float | None], after: Sequence[float | Non
     means, differences = paired_means(before, after)
     if not len(differences) or all_alike(differences):
         return means
+    low, high = bootstrap_interval((differences,), np.mean, seed)
+    return replace(means, low=low, high=high)
+
+
+def bootstrap_interval(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap of a statistic of samples of one length, whose elements are drawn together.
+
+    statistic: takes the samples, and the ``axis`` along which they lie.
+    """
     interval = stats.bootstrap(
-        (differences,),
-        np.mean,
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        vectorized=True,
         n_resamples=RESAMPLES,
-        batch=max(1, BOOTSTRAP_CHUNK // len(differences)),
+        batch=max(1, BOOTSTRAP_CHUNK // len(samples[0])),
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return replace(means, low=float(interval.low), high=float(interval.high))
+    return float(interval.low), float(interval.high)
 
 
 def paired_means(before: Sequence[float | None], after: Sequence[float | None]) -> tuple[PairedScores, np.ndarray]:

@@ -10,7 +10,7 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from esi_ds.eval import clusters as statistics_of_clusters
+from esi_ds.eval import statistics
 from esi_ds.eval.clusters import (
     any_in_cluster,
     cluster_bootstrap,
@@ -161,7 +161,7 @@ def test_bootstrap_draws_whole_clusters(monkeypatch: pytest.MonkeyPatch) -> None
     generator = np.random.default_rng(7)
     after, clusters = drawn(generator, 40, missing=0.1)
     before = [None if generator.random() < 0.1 else bool(generator.integers(2)) for _ in after]
-    monkeypatch.setattr(statistics_of_clusters, "RESAMPLES", 20_000)
+    monkeypatch.setattr(statistics, "RESAMPLES", 20_000)
     result = cluster_bootstrap(before, after, clusters, seed=3)
     pairs = [
         (cluster, other - one)
