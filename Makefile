@@ -63,7 +63,7 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 gpu: $(VENV)/.installed  ## checks and figures on one GPU, at most eight minutes of them (docs/gpus.md), then the GPU tests
 	$(BIN)/python -m benchmarks.gpu; code=$$?; $(BIN)/python -m pytest -q -rs -n 0 tests/gpu && exit $$code
 
-study: $(VENV)/.installed  ## the tables of docs/results/, at most 100 minutes on two cores; goes on where it stopped
+study: $(VENV)/.installed  ## the tables of docs/results/tiny*.md, in runs/study/pages; at most 100 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'
 	$(BIN)/python -m study.run
 

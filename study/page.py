@@ -1,12 +1,13 @@
 """The detail pages ``docs/results/tiny*.md`` and their figures from ``docs/results/study.json``.
 
 python -m study.page                     # pages from study.json as it is
-python -m study.page --runs runs/study   # study.json from the run folders first
+python -m study.page --runs runs/study   # study.json from the run folders first: publishes them
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -213,8 +214,9 @@ def write_pages(results: Path) -> None:
         file.unlink()
     for name, draw in figures(study).items():
         write_picture(results / f"{name}.png", draw())
+    meaning = os.path.relpath(ROOT / "docs/results.md", results)
     for name, page in PAGES.items():
-        write_text_atomic(results / name, page(study))
+        write_text_atomic(results / name, page(study).replace("../results.md", meaning))
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Run the study: one run folder per cell, two processes at a time; finished cells are not run again.
 
-python -m study.run                      # every cell that is not finished, then docs/results/
+python -m study.run                      # every cell that is not finished, then OUTPUT/pages
 python -m study.run --only set/llama     # cells whose names start with this, and the cells they need
 python -m study.run --estimate           # how long the whole study would take on this machine (estimate.py)
 """
@@ -24,7 +24,7 @@ from study.execute import run_cell, settings
 from study.grid import SEEDS, Cell, cells, with_needs
 from study.material import ROOT, all_files
 from study.material import write as write_files
-from study.page import RESULTS, write
+from study.page import write
 
 # Processes are replaced after so many cells: what an engine leaves behind in memory does not pile up.
 CELLS_A_PROCESS = 60
@@ -107,8 +107,10 @@ def main() -> int:
     failed = run_all(todo, options.output, options.processes)
     if failed:
         print(f"{counted(len(failed), 'cell')} failed: {', '.join(failed[:5])}", file=sys.stderr)
-    write(options.output)  # from the finished cells; tiny.md counts the missing ones
-    print(RESULTS / "tiny.md")
+    # Not into docs/results: its published figures are of cells that this output may lack.
+    pages = options.output / "pages"
+    write(options.output, pages)  # from the finished cells; tiny.md counts the missing ones
+    print(pages / "tiny.md")
     return 1 if failed else 0
 
 

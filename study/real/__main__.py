@@ -1,7 +1,8 @@
 """Run the study of a real model: python -m study.real --hours 2
 
 On a CPU no cell is started that is not expected to end within six hours; the next start goes on. Finished cells are
-not run again, and killed ones continue. Then docs/results/real.json and real.md are written.
+not run again, and killed ones continue. Then real.json and real.md are written
+into OUTPUT/pages, or into the folder that --docs names.
 --only where/smollm2/ runs the cells whose names start with this, and those that they need. --list shows what is left.
 --collect only writes the pages.
 """
@@ -39,8 +40,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=DEFAULT_DATA if DEFAULT_DATA.is_dir() else None, help="folder of the data sets"
     )
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/results", help="folder of real.json and real.md")
-    return parser.parse_args(argv)
+    parser.add_argument("--docs", type=Path, help="folder of real.json and real.md (OUTPUT/pages)")
+    args = parser.parse_args(argv)
+    # Not docs/results: its published figures are of cells that this output may lack.
+    args.docs = args.docs or args.output / "pages"
+    return args
 
 
 def show(plan: Plan, cells: list[Cell]) -> None:

@@ -35,6 +35,7 @@ KEYS = ("model", "prompts", "judge", "estimator", "criterion")
 Place = tuple[str, str | None]  # role, third
 Measure = Literal["mask", "statistic"]
 MEASURES: tuple[Measure, ...] = ("mask", "statistic")
+AGAINST_CONTROL = ("specific", "excess")  # where.against_control of study/real.yaml
 
 
 def spread(*draws: Sequence[float], digits: int = 2) -> str:
@@ -145,11 +146,13 @@ def other_table(tables: WhereTables, model: str, others: Sequence[tuple[str, str
         return f"{NOT_RUN}\n"
     head, lines = ["role", "third"], [[role, third or "–"] for role, third in places]
     for estimator, criterion, objective in columns:
-        head += [f"{criterion}, {estimator}", "÷ benign prompts", "÷ shuffled judge"]
+        # A criterion against a control has been divided by one already, and no cell makes it of another.
+        compared_with = () if criterion in AGAINST_CONTROL else ("benign prompts", "shuffled judge")
+        head += [f"{criterion}, {estimator}", *(f"÷ {name}" for name in compared_with)]
         controls = tables.controls(model, estimator=estimator, criterion=criterion)
         for line, where in zip(lines, places, strict=True):
             line.append(spread(densities(places_of(objective)[where])) if objective else NOT_RUN)
-            for name in ("benign prompts", "shuffled judge"):
+            for name in compared_with:
                 draws = controls[name] if objective else []
                 line.append(
                     spread(*ratios_to_draws(objective, draws, where, "mask")) if objective and draws else NOT_RUN
@@ -188,8 +191,7 @@ def where_section(data: Mapping[str, Any]) -> list[str]:
     others = [
         ("soft", "grad"),
         ("soft", "snip"),
-        ("soft", "specific"),
-        ("soft", "excess"),
+        *(("soft", criterion) for criterion in AGAINST_CONTROL),
         ("gumbel-16", "esi"),
         ("paper-code", "esi"),
     ]

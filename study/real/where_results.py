@@ -229,7 +229,7 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
         for count in (number for number in where["counts"] if number < masks.prompts):
             beside(f"esi: {count} of the prompts", model, count=count)
             of_seeds(f"esi: other {count} prompts", model, count=count)
-        for count in (number for number in where["counts"] if masks.prompts < number <= masks.prompts * len(seeds)):
+        for count in (number for number in where["counts"] if number > masks.prompts):
             beside(f"esi: {count} prompts", model, count=count)
     both = [(masks.of(models[0], seed), masks.of(models[1], seed)) for seed in seeds]
     add("esi: aligned against untouched", "both", both)

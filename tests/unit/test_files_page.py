@@ -56,7 +56,7 @@ def test_every_entry_is_there() -> None:
 
 def test_every_folder_of_the_tests_is_named() -> None:
     tests = entries((ROOT / "docs/files.md").read_text())["tests/"]
-    folders = {folder.name for folder in (ROOT / "tests").iterdir() if list(folder.glob("[!_.]*"))}
+    folders = {folder.name for folder in (ROOT / "tests").glob("[!_.]*") if list(folder.glob("[!_.]*"))}
     assert folders and folders <= set(re.findall(r"(\w+)/", tests))
 
 

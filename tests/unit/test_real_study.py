@@ -50,6 +50,7 @@ from study.real.page import (
 )
 from study.real.runner import Runner, command_of, is_done, read_record, run_command
 from study.real.shuffled_judge import with_shuffled_labels
+from study.real.where_results import Masks, overlap_rows
 
 MINUTE = 60.0
 
@@ -940,3 +941,18 @@ def test_steps_that_are_modules(plan: Plan) -> None:
     assert frozen.after == (select.name,) and dict(frozen.steps[0].config or {})["tune"]["mask"].endswith(
         "esi-0.3/mask"
     )
+
+
+def test_pages_are_written_beside_the_cells_unless_a_folder_is_named(plan: Plan, tmp_path: Path) -> None:
+    """docs/results holds the figures of cells that this output lacks."""
+    published = ROOT / "docs/results/real.json"
+    before = published.read_bytes()
+    output = tmp_path / "study"
+    assert command.main(["--output", str(output), "--models", str(plan.folders.models), "--collect"]) == 0
+    assert published.read_bytes() == before and (output / "pages/real.md").exists()
+
+
+def test_every_number_of_prompts_has_a_row_of_overlaps(plan: Plan) -> None:
+    where = plan.grid.where.model_dump()
+    rows = {row["what"] for row in overlap_rows(Masks([], Path(), "soft", 64), plan.models, (0, 1, 2), where)}
+    assert rows >= {f"esi: {count} prompts" for count in where["counts"] if count > 64}
