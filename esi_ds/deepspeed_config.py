@@ -9,13 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from esi_ds import shipped
 from esi_ds.config import Config
-from esi_ds.config.checks import check_numbers
+from esi_ds.config.deepspeed_file import read_deepspeed_file
 from esi_ds.errors import UserError
-from esi_ds.reading import check_type, parse_json, read_text, reading
+from esi_ds.reading import check_type
 
-MAX_BYTES = 1 << 20  # of a DeepSpeed config
 # The keys that DeepSpeed 0.19.8 reads, with the kind of their values; it silently ignores every other key. Sections
 # that this toolkit refuses, and those that it has removed, are refused with their own messages.
 _KINDS: dict[Any, str] = {
@@ -69,19 +67,7 @@ def read(config: Config) -> dict[str, Any]:
     """The ``deepspeed`` mapping of the YAML, or of the file that the YAML names."""
     if isinstance(config.deepspeed, dict):
         return json.loads(json.dumps(config.deepspeed))
-    remedy = "give a file, a mapping, or the name of a shipped file: zero3, zero3_offload, ..."
-    with reading("deepspeed", config.deepspeed, remedy, "is not the name of a file"):
-        path = Path(config.deepspeed)
-        own = next((file for file in (path, Path(f"{path}.json")) if file.is_file()), None)
-        file = own or shipped.deepspeed_file(config.deepspeed)
-    if file is None:
-        raise UserError("deepspeed", config.deepspeed, "there is no such file", remedy)
-    with reading("deepspeed", file, "fix it; see ds_configs/zero3.json", "is not valid JSON"):
-        settings = parse_json(read_text(file, MAX_BYTES))
-    if not isinstance(settings, dict):
-        raise UserError("deepspeed", str(file), "is not a mapping", "see ds_configs/zero3.json")
-    check_numbers(settings, "deepspeed")
-    return settings
+    return read_deepspeed_file(config.deepspeed)
 
 
 def _check_keys(settings: Mapping[str, Any]) -> None:

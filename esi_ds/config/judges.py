@@ -162,7 +162,16 @@ class EvalWords(Section):
     reads: Reads = Field("answer", description=READS)
 
 
-EvalJudge = Annotated[EvalGuard | EvalClassifier | EvalYesNo | EvalRubric | EvalWords, Field(discriminator="kind")]
+def _guard_of_path(section: Any) -> Any:
+    """A judge with a path and without a ``kind`` is a guard, as ESI's is."""
+    return _default_to_guard(section) if isinstance(section, dict) and "path" in section else section
+
+
+EvalJudge = Annotated[
+    EvalGuard | EvalClassifier | EvalYesNo | EvalRubric | EvalWords,
+    Field(discriminator="kind"),
+    BeforeValidator(_guard_of_path),
+]
 
 
 def check_guard(guard: GuardModel, field: str) -> None:

@@ -20,6 +20,7 @@ from esi_ds.config.checks import (
     check_thought_marks,
 )
 from esi_ds.config.data import Control, Data, ModelEndpoint, check_control, check_model_endpoint
+from esi_ds.config.deepspeed_file import read_deepspeed_file
 from esi_ds.config.errors import explain
 from esi_ds.config.evaluation import Eval, check_eval
 from esi_ds.config.judges import EsiGuard, EsiJudge, check_guard
@@ -30,6 +31,8 @@ from esi_ds.config.yaml import apply_override, dump_yaml, read_yaml
 from esi_ds.core.criteria import objectives
 from esi_ds.errors import UserError
 from esi_ds.reading import reading
+
+DEEPSPEED = "ds_configs/zero3.json"
 
 
 class Run(Section):
@@ -118,7 +121,7 @@ class Config(Section):
     perturb: Perturb | None = Field(None, description="How much noise the weights of a mask get.")
     eval: Eval | None = Field(None, description="How attack success, over-refusal and skill are measured.")
     deepspeed: str | dict[str, Any] = Field(
-        "ds_configs/zero3.json",
+        DEEPSPEED,
         description="The DeepSpeed config: a mapping, a file, or the name of one in ds_configs/.",
     )
 
@@ -136,7 +139,8 @@ class Config(Section):
 def load_config(path: str, overrides: list[str], deepspeed_config: str | None = None) -> Config:
     """Read a config file, or the recipe of that name, apply ``key.path=value`` overrides and validate the result.
 
-    ``deepspeed_config`` replaces the file's ``deepspeed``. Raises UserError.
+    ``deepspeed_config`` replaces the file's ``deepspeed``. An override such as ``deepspeed.gradient_clipping=1.0``
+    changes what the DeepSpeed file says. Raises UserError.
     """
     with reading("--config", path, "give a YAML file, or the name of a recipe", "is not the name of a file"):
         is_file = Path(path).exists() and not Path(path).is_dir()  # a model or a run may have a recipe's name
@@ -152,10 +156,16 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
         with reading("deepspeed", deepspeed, "give ds_configs/zero3.json or a mapping", "is not the name of a file"):
             if not Path(deepspeed).is_file() and (file.parent / deepspeed).is_file():
                 raw["deepspeed"] = str((file.parent / deepspeed).resolve())
-    for override in overrides:
-        apply_override(raw, override)
     if deepspeed_config is not None:
         raw["deepspeed"] = deepspeed_config
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "deepspeed" and deepspeed_config is not None:
+            problem = f"and --deepspeed_config {deepspeed_config} both say which DeepSpeed config to use"
+            raise UserError(key, value, problem, "give one of them")
+        if key.startswith("deepspeed.") and isinstance(file_name := raw.get("deepspeed", DEEPSPEED), str):
+            raw["deepspeed"] = read_deepspeed_file(file_name)
+        apply_override(raw, override)
     return validate(raw)
 
 

@@ -99,6 +99,6 @@ class Perturb(Section):
     ratios: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, description="The shares of the weights that get noise; null means as many as the mask holds."
     )
-    seeds: list[Seed] = Field(
+    seeds: Annotated[list[Seed], BeforeValidator(_list_of_number)] = Field(
         [0, 1, 2], min_length=1, description="The seeds of the noise and of the random weights, one cell each."
     )

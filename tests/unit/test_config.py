@@ -130,10 +130,10 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("run: {output_dir: x}\nmodel: {path: a}\n")
     config = load_config(
-        str(file), ["select.ratio=5e-2", "data.prompts.path=advbench", "deepspeed.zero_optimization.stage=3"]
+        str(file), ["select.ratio=5e-2", "data.prompts.path=advbench", "deepspeed.zero_optimization.stage=2"]
     )
     assert config.select.ratio == 0.05 and config.data.prompts.path == "advbench"
-    assert config.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert isinstance(config.deepspeed, dict) and config.deepspeed["zero_optimization"]["stage"] == 2
     assert load_config(str(file), [], "other.json").deepspeed == "other.json"
     file.write_text("run: {output_dir: x\n")
     with pytest.raises(UserError, match="line 2"):
