@@ -28,10 +28,10 @@ REFUSES = re.compile(r"(I cannot|I can[’']t|I[’']m sorry|I am sorry|I am una
 
 
 class Source(NamedTuple):
-    """One data set: its file in the folder, its hub id (None: it is on no hub), configuration, split and licence."""
+    """One data set: its file in the folder, its hub id, configuration, split and licence."""
 
     file: str
-    hub_id: str | None
+    hub_id: str
     config: str | None
     split: str | None
     licence: str
@@ -40,7 +40,12 @@ class Source(NamedTuple):
 
 SOURCES = {
     "circuit_breakers": Source(
-        "circuit_breakers_train.json", None, None, None, "MIT", "github.com/GraySwanAI/circuit-breakers"
+        "circuit_breakers_train.json",
+        "abhayesian/circuit-breakers-dataset",
+        None,
+        "train",
+        "MIT",
+        "github.com/GraySwanAI/circuit-breakers",
     ),
     "advbench": Source(
         "advbench_harmful_behaviors.csv",
@@ -119,9 +124,6 @@ class Data:
                 remedy = f"put {source.file} there ({source.origin}), or give {setting}=FILE"
                 raise UserError("--data", self.folder, f"has no file {source.file}", remedy)
             return read_rows(str(file), "--data")
-        if source.hub_id is None:
-            remedy = f"give --data FOLDER with {source.file}, or {setting}=FILE; the set is at {source.origin}"
-            raise UserError("--data", None, f"is not given, and {name} is on no hub", remedy)
         return read_rows(source.hub_id, setting, name=source.config, split=source.split)
 
     def check(self) -> None:
@@ -187,9 +189,11 @@ class Data:
 
 
 def _refusal_of(row: Row) -> Pair:
-    """(request, refusal) of a row of circuit_breakers: of the paper's copy (instruction, output), or of the authors'
-    file, whose ``output`` is a harmful answer and whose ``llama3_output`` is the refusal."""
-    names = ("prompt", "llama3_output") if "llama3_output" in row else ("instruction", "output")
+    """(request, refusal) of a row of circuit_breakers: of the paper's copy (instruction, output), of the authors'
+    file, whose ``output`` is a harmful answer and whose ``llama3_output`` is the refusal, or of the hub's copy (prompt,
+    chosen)."""
+    answer_of = {"llama3_output": ("prompt", "llama3_output"), "chosen": ("prompt", "chosen")}
+    names = next((names for column, names in answer_of.items() if column in row), ("instruction", "output"))
     prompt, answer = (str(row[name]).strip() for name in names)
     return prompt, answer
 

@@ -115,14 +115,16 @@ def test_subjects_and_passages_widen_what_is_harmless(texts: recipe.Material) ->
     assert ("Why?", "Because 0.") in train.people and ("Why?", "Because 0.") not in heldout.people
 
 
-def test_circuit_breakers_authors_file_gives_the_refusals_too(data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("refusal", "harmful"), [("llama3_output", "output"), ("chosen", "rejected")])
+def test_other_copies_of_circuit_breakers_give_the_refusals_too(
+    data: Data, tmp_path: Path, refusal: str, harmful: str
+) -> None:
+    """The authors' file, and the hub's."""
     rows = json.loads((Path(str(data.folder)) / SOURCES["circuit_breakers"].file).read_text())
     harm = "Sure, here is how it is done."
-    authors = [
-        {"category": "x", "prompt": row["instruction"], "llama3_output": row["output"], "output": harm} for row in rows
-    ]
-    file = tmp_path / "authors.json"
-    file.write_text(json.dumps(authors))
+    others = [{"prompt": row["instruction"], refusal: row["output"], harmful: harm} for row in rows]
+    file = tmp_path / "others.json"
+    file.write_text(json.dumps(others))
     assert Data(data.folder, {"circuit_breakers": str(file)}).refusals() == data.refusals()
 
 
