@@ -1,11 +1,14 @@
-"""The structure of the package: who imports whom."""
+"""The structure of the package: who imports whom, and how long functions and files may be."""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import import_boundaries
 import pytest
+from conftest import ROOT
 from import_boundaries import circles, import_graph, violations
 
 
@@ -45,3 +48,27 @@ def test_an_import_that_breaks_a_rule_is_noticed(
     path.parent.mkdir(parents=True)
     path.write_text(f"{line}\n")
     assert [violation.partition(": ")[2] for violation in violations()] == ([problem] if problem else [])
+
+
+def too_long(file: Path, most_lines: int = 60) -> Iterator[str]:
+    """Functions of a file that have more lines."""
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            num_lines = (node.end_lineno or 0) - node.lineno + 1
+            if num_lines > most_lines:
+                yield f"{file}:{node.lineno}: {node.name} has {num_lines} lines"
+
+
+def test_functions_and_files_are_short() -> None:
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    files = [file for folder in folders if folder.name not in ("runs", "build") for file in folder.rglob("*.py")]
+    assert len(files) > 500
+    assert [line for file in files for line in too_long(file)] == []
+    package = [file for file in files if file.is_relative_to(ROOT / "esi_ds")]
+    assert [str(file) for file in package if len(file.read_text().splitlines()) > 600] == []
+
+
+def test_a_function_that_is_too_long_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("class A:\n    def f():\n        a\n        b\n\n    def g():\n        a\n")
+    assert list(too_long(file, 2)) == [f"{file}:2: f has 3 lines"]
