@@ -1,8 +1,9 @@
-"""The structure of the package: who imports whom, and how long functions and files may be."""
+"""The structure of the package: who imports whom, how long functions and files are, and what classes are called."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +73,21 @@ def test_a_function_that_is_too_long_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "module.py"
     file.write_text("class A:\n    def f():\n        a\n        b\n\n    def g():\n        a\n")
     assert list(too_long(file, 2)) == [f"{file}:2: f has 3 lines"]
+
+
+def repeated_names(package: Path) -> list[str]:
+    """Names that several classes of a package have."""
+    names = Counter(
+        node.name
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    return sorted(name for name, count in names.items() if count > 1)
+
+
+def test_a_class_name_means_one_class(tmp_path: Path) -> None:
+    assert repeated_names(ROOT / "esi_ds") == []
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("class Rows: ...\n")
+    assert repeated_names(tmp_path) == ["Rows"]
