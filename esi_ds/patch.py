@@ -305,7 +305,7 @@ def _start(weight: Weight, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
 def template_change(base: Path, tuned: Path) -> dict[str, TemplateChange]:
     """The fact ``chat_templates`` of a summary; none where both tokenizers have the same, or one folder has none."""
     old, new = chat_templates(base), chat_templates(tuned)
-    if of_tokenizer(old) == of_tokenizer(new) or not all(any(one.glob("tokenizer*")) for one in (base, tuned)):
+    if of_tokenizer(old) == of_tokenizer(new) or not all(any(folder.glob("tokenizer*")) for folder in (base, tuned)):
         return {}
     return {"chat_templates": {"old": old, "new": new}}
 

@@ -232,11 +232,11 @@ def _outside(response: str, start: int, end: int) -> list[Span]:
 
 
 class Piece(NamedTuple):
-    """A part of a response that a judge reads. place: where it begins in the text that the judge reads."""
+    """A part of a response that a judge reads. start_in_text: where it begins in the text that the judge reads."""
 
     start: int
     end: int
-    place: int
+    start_in_text: int
     is_trace: bool
 
 
@@ -354,16 +354,16 @@ def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:
     nothing is left."""
     starts = [piece.start for piece in pieces]
 
-    def place(number: int, position: int) -> int:
+    def position_in_text(number: int, position: int) -> int:
         piece = pieces[number]
-        return piece.place + min(max(position, piece.start), piece.end) - piece.start
+        return piece.start_in_text + min(max(position, piece.start), piece.end) - piece.start
 
     def moved(start: int, end: int) -> Span:
         first = max(0, bisect_right(starts, start) - 1)
         last = max(first, bisect_left(starts, end) - 1)
         if start >= pieces[first].end and first < last:  # between two pieces: what joins them is of neither
             first += 1
-        return place(first, start), place(last, end)
+        return position_in_text(first, start), position_in_text(last, end)
 
     return [moved(*span) for span in spans] if pieces else [(0, 0) for _ in spans]
 

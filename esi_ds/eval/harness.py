@@ -175,8 +175,8 @@ class SharedLM(HFLM):
 
     def _broken_up(self, text: str) -> str:
         """The text as data, but for the config's system prompt at its beginning."""
-        given = self.system_prompt or ""
-        start = len(given) if text.startswith(given) else 0
+        system_prompt = self.system_prompt or ""
+        start = len(system_prompt) if text.startswith(system_prompt) else 0
         return text[:start] + break_up(text[start:], self.specials)[0]
 
     def _as_data(self, request: Instance) -> Instance:

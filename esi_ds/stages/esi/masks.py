@@ -136,19 +136,19 @@ def make_masks(
                 unit.update(control)
     pairs = list(combinations(range(len(packed)), 2))
     local = [
-        sum(int(np.bitwise_count(a & b).sum()) for a, b in zip(packed[one], packed[other], strict=True))
-        for one, other in pairs
+        sum(int(np.bitwise_count(a & b).sum()) for a, b in zip(packed[first], packed[second], strict=True))
+        for first, second in pairs
     ]
     counts = runtime.all_reduce_sum(torch.tensor(local, dtype=torch.int64)).tolist() if pairs else []
     selections = [report["selection"] for report in reports]
     return reports, [
         overlap(
-            (selections[one]["criterion"], selections[other]["criterion"]),
-            (selections[one]["k"], selections[other]["k"]),
+            (selections[first]["criterion"], selections[second]["criterion"]),
+            (selections[first]["k"], selections[second]["k"]),
             both,
-            selections[one]["scored_numel"],
+            selections[first]["scored_numel"],
         )
-        for (one, other), both in zip(pairs, counts, strict=True)
+        for (first, second), both in zip(pairs, counts, strict=True)
     ]
 
 

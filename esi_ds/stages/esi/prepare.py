@@ -317,7 +317,7 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
     if all(number is None for _, number in pairs):
         return _own_prompts(section, rows, answered, f"{path} answers none of the prompts of data.prompts")
     indices, numbers = [index for index, _ in pairs], [number for _, number in pairs]
-    unanswered = {place: MISSING for place, number in enumerate(numbers) if number is None}
+    unanswered = {prompt_number: MISSING for prompt_number, number in enumerate(numbers) if number is None}
     remarks = [*answered.remarks]
     if num_unused:
         remarks.append(

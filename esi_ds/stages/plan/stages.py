@@ -130,10 +130,10 @@ def _loss_passes(config: Config, world_size: int, batches: EsiBatches, notes: li
         is_mean = name in batches.losses
         # F is made of single rows' gradients, which must not meet in a group of ranks.
         size, readers = (batches.losses[name].number, world_size) if is_mean else (1, batches.readers)
-        who = "" if readers == world_size else ", read by one rank of each expert-parallel group"
+        read_by = "" if readers == world_size else ", read by one rank of each expert-parallel group"
         facts[f"{name} rows"] = count
         facts[f"{name} passes"] = (
-            f"{-(-count // (size * readers))} of {size} rows per rank ({size * readers} together{who}), each one "
+            f"{-(-count // (size * readers))} of {size} rows per rank ({size * readers} together{read_by}), each one "
             "forward and backward of the model"
         )
     return facts
