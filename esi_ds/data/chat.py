@@ -368,10 +368,8 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: st
     if ids[: len(before_ids)] != before_ids or (before_ids and spans[len(before_ids) - 1][1] > border):
         return None
     response_spans = [(max(start - border, 0), end - border) for start, end in spans[len(before_ids) :]]
-    following = [
-        *(start for start, _ in response_spans[1:]),
-        len(response),
-    ]  # one more than the spans if there are none
+    starts = [start for start, _ in response_spans]
+    following = [*starts[1:], len(response)]  # one more than the spans if there are none
     with_next = zip(response_spans, following, strict=False)
     disjoint = [(start, min(end, next_start)) for (start, end), next_start in with_next]
     return EncodedResponse(ids[len(before_ids) :], disjoint)
