@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu_models import random_model, shape, sharded_model
 from esi_ds.core.adamw import as_integers, masked_adamw
-from esi_ds.core.batch import Rows, left_pad, right_pad
+from esi_ds.core.batch import TokenRows, left_pad, right_pad
 from esi_ds.core.loss import IGNORED, row_losses
 from esi_ds.core.mask import pack_bits
 from esi_ds.core.noise import gumbel, normal, random_bits, stream
@@ -98,7 +98,7 @@ def random_rows(lengths: list[int], vocabulary: int) -> list[list[int]]:
     return [torch.randint(5, vocabulary, (length + 1,), generator=generator).tolist() for length in lengths]
 
 
-def compare_with_rows(model: PreTrainedModel, rows: Rows, side: str) -> dict[str, float]:
+def compare_with_rows(model: PreTrainedModel, rows: TokenRows, side: str) -> dict[str, float]:
     """Relative L2 distance of the batch's gradient sum from the single rows', and the number of its values that are not
     finite."""
     single: list[Tensor] | None = None
@@ -116,7 +116,7 @@ def compare_with_rows(model: PreTrainedModel, rows: Rows, side: str) -> dict[str
     return {"distance": float((squares[0] / squares[1]).sqrt()), "nan": not_finite}
 
 
-def summed_gradients(model: PreTrainedModel, rows: Rows, side: str) -> list[Tensor]:
+def summed_gradients(model: PreTrainedModel, rows: TokenRows, side: str) -> list[Tensor]:
     """Gradient of every weight of the rows' summed cross entropies, in the model's dtype."""
     pad, device = right_pad if side == "right" else left_pad, runtime.device()
     batch = pad([row[:-1] for row in rows], 0, device)
@@ -144,7 +144,7 @@ def experts(tiny: bool) -> Iterator[Part]:
         model.close()
 
 
-def idle_experts(model: ShardedModel, rows: Rows) -> dict[str, int]:
+def idle_experts(model: ShardedModel, rows: TokenRows) -> dict[str, int]:
     """``idle_counts`` of a backward pass. Memory is filled with NaN before it, so that what a kernel leaves unwritten
     shows."""
     chosen = tokens_per_expert(model, rows)
@@ -180,7 +180,7 @@ def idle_counts(
 
 
 @torch.no_grad()
-def tokens_per_expert(model: ShardedModel, rows: Rows) -> dict[int | None, list[int]]:
+def tokens_per_expert(model: ShardedModel, rows: TokenRows) -> dict[int | None, list[int]]:
     """Layer → number of tokens of each expert."""
     config = model.module.config
     counts: list[list[int]] = []
@@ -230,11 +230,11 @@ def logit_differences(model: PreTrainedModel, row: list[int]) -> dict[str, Diffe
     """What the stages ask of a model, by what the row's logits might depend on."""
 
     @torch.no_grad()
-    def logits(rows: Rows) -> list[Tensor]:
+    def logits(rows: TokenRows) -> list[Tensor]:
         values = model(**right_pad(rows, 0, runtime.device()), use_cache=False).logits
         return [of_row[: len(ids)] for of_row, ids in zip(values, rows, strict=True)]
 
-    def generated(rows: Rows) -> Tensor:
+    def generated(rows: TokenRows) -> Tensor:
         return generation_logits(model, rows, 0)
 
     return {

@@ -363,17 +363,17 @@ class RunFolder:
         mapping that are not known yet.
         """
         before = self._inputs().get(key)
-        what = ""
+        difference = ""
         if isinstance(before, dict) and isinstance(now, dict):
             unread = {*unread, *(PLACES if key == "data_hashes" else ())}
             before = {name: value for name, value in before.items() if name not in unread}
             now = {name: value for name, value in now.items() if name in before}
             others = [name for name in before if before[name] != now.get(name)]
-            what = f" (other {', '.join(others)})" if field else ""
+            difference = f" (other {', '.join(others)})" if field else ""
             first = next(iter(others), None)
             field = field.get(str(first)) if isinstance(field, Mapping) else field or first
         if before and before != now:
-            problem = f"is not what the run in {self.path} started with{what}"
+            problem = f"is not what the run in {self.path} started with{difference}"
             raise UserError(str(field or key), None, problem, "give a new run.output_dir")
 
     def commits(self) -> dict[str, str]:

@@ -37,7 +37,7 @@ from esi_ds.words import counted
 OUTPUT = "--output"
 
 
-class Question(TypedDict):
+class PromptToAsk(TypedDict):
     """What identifies a row: the rows of equal questions would be the same."""
 
     prompt: Prompt
@@ -45,7 +45,7 @@ class Question(TypedDict):
     sample: NotRequired[int]  # which of the prompt's answers, from 0; with --samples above 1
 
 
-class AskedRow(Question):
+class AskedRow(PromptToAsk):
     """A line of the file. asked: what besides the prompt decides the answer; rows of one file agree in it."""
 
     response: str | None  # None where the endpoint refused the prompt, or replied without a text
@@ -54,12 +54,12 @@ class AskedRow(Question):
     asked: dict[str, Any]  # model, max_tokens, system_prompt and, if there are any, seed and extra keys of the request
 
 
-def questions_of(prompts: PromptSet, samples: int) -> list[Question]:
+def questions_of(prompts: PromptSet, samples: int) -> list[PromptToAsk]:
     """The questions of a set: each prompt as often as it is to be answered, equal ones once."""
-    questions: dict[str, Question] = {}
+    questions: dict[str, PromptToAsk] = {}
     for index, prompt in enumerate(prompts.prompts):
         for sample in range(samples):
-            question: Question = {"prompt": prompt}
+            question: PromptToAsk = {"prompt": prompt}
             if prompts.goals:
                 question["goal"] = prompts.goals[index]
             if samples > 1:
@@ -68,18 +68,18 @@ def questions_of(prompts: PromptSet, samples: int) -> list[Question]:
     return list(questions.values())
 
 
-def _key(question: Question) -> str:
+def _key(question: PromptToAsk) -> str:
     return json.dumps([question["prompt"], question.get("goal"), question.get("sample", 0)])
 
 
-def _seed_of(seed: int, question: Question) -> int:
+def _seed_of(seed: int, question: PromptToAsk) -> int:
     """The seed that the server is sent with a question: 31 bits, so that samples differ and orders do not matter."""
     return int.from_bytes(hashlib.sha256(f"{seed} {_key(question)}".encode()).digest()[:4], "big") >> 1
 
 
 def ask(
     endpoint: Endpoint,
-    questions: list[Question],
+    questions: list[PromptToAsk],
     output: Path,
     system_prompt: str | None = None,
     seed: int | None = None,
@@ -118,7 +118,7 @@ def _only_one(output: Path) -> Iterator[None]:
 
 def _ask(
     endpoint: Endpoint,
-    questions: list[Question],
+    questions: list[PromptToAsk],
     output: Path,
     system_prompt: str | None,
     seed: int | None,

@@ -27,7 +27,7 @@ class Affinity:
 
 
 @dataclass(frozen=True)
-class Share:
+class CoreShare:
     """What a rank computes on: hardware threads, and how many threads of a computation they carry, one a core."""
 
     cores: tuple[int, ...]
@@ -45,7 +45,7 @@ def near_gpu(address: str, system: Path = SYSTEM) -> tuple[int, ...]:
         return ()
 
 
-def share(ranks: Sequence[Affinity], rank: int, system: Path = SYSTEM) -> Share:
+def share(ranks: Sequence[Affinity], rank: int, system: Path = SYSTEM) -> CoreShare:
     """The part of its host's cores that a rank computes on. ranks: all ranks of the job, in order.
 
     Ranks of a host with the same cores were bound by nobody. They divide them: those near their GPUs among the ranks
@@ -66,7 +66,7 @@ def share(ranks: Sequence[Affinity], rank: int, system: Path = SYSTEM) -> Share:
         first = members.index(rank) * size
         physical = physical[first : first + size]
         chosen = tuple(sorted(core for siblings in physical for core in siblings))
-    return Share(chosen, max(1, size))
+    return CoreShare(chosen, max(1, size))
 
 
 def _are_separate(sets: Iterable[tuple[int, ...]]) -> bool:

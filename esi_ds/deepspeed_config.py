@@ -389,14 +389,14 @@ def _fill_optimizer(settings: dict[str, Any]) -> None:
     if offload.get("device") == "nvme":
         field = "deepspeed.zero_optimization.offload_optimizer.device"
         raise UserError(field, "nvme", "is not supported: the mask cannot reach weights on NVMe", "use cpu")
-    mean, own = "the mean over ranks, which SPA needs", "SPA's own optimizer"
+    mean, optimizer = "the mean over ranks, which SPA needs", "SPA's own optimizer"
     section = "zero_optimization"
     for key, value, ours, owner in (
         ("gradient_predivide_factor", settings.get("gradient_predivide_factor"), 1.0, mean),
         ("prescale_gradients", settings.get("prescale_gradients"), False, mean),
-        (f"{section}.zenflow", zero.get("zenflow"), None, own),
-        (f"{section}.offload_optimizer.ratio", offload.get("ratio"), 1.0, own),
-        (f"{section}.offload_optimizer.super_offload", offload.get("super_offload"), False, own),
+        (f"{section}.zenflow", zero.get("zenflow"), None, optimizer),
+        (f"{section}.offload_optimizer.ratio", offload.get("ratio"), 1.0, optimizer),
+        (f"{section}.offload_optimizer.super_offload", offload.get("super_offload"), False, optimizer),
     ):
         if value not in ("auto", ours, None):
             raise UserError(f"deepspeed.{key}", value, f"contradicts {owner}", REMEDY)

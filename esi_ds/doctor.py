@@ -190,9 +190,9 @@ def ranks() -> Iterator[Finding]:
     except UserError as error:
         yield Finding("wrong", "ranks", str(error))
     else:
-        place = f"rank {launch.rank} of {launch.world_size}, started by {launch.launcher}"
+        launched_as = f"rank {launch.rank} of {launch.world_size}, started by {launch.launcher}"
         alone = "start this command as you start a job, to see the job's ranks" if launch.world_size == 1 else ""
-        yield Finding("ok", "ranks", place, alone)
+        yield Finding("ok", "ranks", launched_as, alone)
     free, total = available_bytes(), psutil.virtual_memory().total
     cores = len(os.sched_getaffinity(0))
     yield Finding("ok", "host", f"{cores} cores, {free / GIB:.1f} GiB free of {total / GIB:.1f} GiB")

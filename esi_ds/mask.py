@@ -277,11 +277,11 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
 
 def _select(arguments: argparse.Namespace, ranks: Ranks) -> list[str]:
     """Write a mask; lines about it."""
-    order, given = arguments.order, arguments.seed
-    if given is not None and order != "random":
+    order, seed_argument = arguments.order, arguments.seed
+    if seed_argument is not None and order != "random":
         remedy = "add --order random, or leave the seed out"
-        raise UserError("--seed", given, f"has no effect on the order {order}", remedy)
-    mask, seed = Mask.load(arguments.mask), given or 0
+        raise UserError("--seed", seed_argument, f"has no effect on the order {order}", remedy)
+    mask, seed = Mask.load(arguments.mask), seed_argument or 0
     new = write_selection(mask, arguments.scores, arguments.output, arguments.ratio, order, seed, ranks)
     how = f"order {order}" + (f", seed {seed}" if order == "random" else "")
     lines = [f"{new.k:,} of {new.total_numel:,} weights in {new.path} ({how})", remark_on(new, arguments.scores, ranks)]

@@ -87,7 +87,7 @@ class PatchedTensor(TensorChange):
     tuned_sha256: str
 
 
-class LeftOut(TypedDict):
+class BaseOnlyTensor(TypedDict):
     """A tensor that the base stores and the tuned model does not."""
 
     sha256: str
@@ -111,7 +111,7 @@ class PatchSummary(TypedDict):
     numel: int  # number of weights
     changed: int  # number of weights that differ
     tensors: dict[str, PatchedTensor]  # by name; all that the tuned model stores
-    left_out: NotRequired[dict[str, LeftOut]]  # by name; all else that the base stores
+    left_out: NotRequired[dict[str, BaseOnlyTensor]]  # by name; all else that the base stores
     chat_templates: NotRequired[TemplateChange]  # where the tuned model's are others than the base's
     dequantised_from: NotRequired[str]  # format of the base's files, whose values here are the dequantised ones
 
@@ -262,12 +262,14 @@ def finish(
     write_json_atomic(folder / SUMMARY, content)
 
 
-def _left_out(base: Path, rows: Mapping[str, PatchedTensor], base_digests: Mapping[str, str]) -> dict[str, LeftOut]:
+def _left_out(
+    base: Path, rows: Mapping[str, PatchedTensor], base_digests: Mapping[str, str]
+) -> dict[str, BaseOnlyTensor]:
     """The base's tensors that the tuned model does not store, each with its twin among those that it stores.
 
     Compared in the tuned model's dtype, in which transformers decides whether two weights are tied.
     """
-    left_out: dict[str, LeftOut] = {
+    left_out: dict[str, BaseOnlyTensor] = {
         name: {"sha256": base_digests[name], "twin": None} for name in sorted(base_digests.keys() - rows.keys())
     }
     if not left_out:
@@ -303,7 +305,7 @@ def _start(weight: Weight, dtype: torch.dtype) -> tuple[tuple[int, ...], bytes]:
 def template_change(base: Path, tuned: Path) -> dict[str, TemplateChange]:
     """The fact ``chat_templates`` of a summary; none where both tokenizers have the same, or one folder has none."""
     old, new = chat_templates(base), chat_templates(tuned)
-    if of_tokenizer(old) == of_tokenizer(new) or not all(any(one.glob("tokenizer*")) for one in (base, tuned)):
+    if of_tokenizer(old) == of_tokenizer(new) or not all(any(folder.glob("tokenizer*")) for folder in (base, tuned)):
         return {}
     return {"chat_templates": {"old": old, "new": new}}
 

@@ -43,8 +43,8 @@ class RankProcess(NamedTuple):
 
 def own_process(rank: int) -> RankProcess:
     """This process."""
-    own = own_identity()
-    return RankProcess(rank, own["pid"], (own["host"], own["boot"], own["pids"]))
+    identity = own_identity()
+    return RankProcess(rank, identity["pid"], (identity["host"], identity["boot"], identity["pids"]))
 
 
 class PeerWatch:
@@ -55,12 +55,12 @@ class PeerWatch:
     """
 
     def __init__(self, rank: int, ranks: Iterable[RankProcess], run: Path):
-        own, *_ = (process for process in ranks if process.rank == rank)
+        this_process, *_ = (process for process in ranks if process.rank == rank)
         self._rank, self._run = rank, run
         self._processes: dict[int, RankProcess] = {}  # by pidfd
         if hasattr(os, "pidfd_open"):
             for process in ranks:
-                if process.table == own.table and process.rank != rank:
+                if process.table == this_process.table and process.rank != rank:
                     with suppress(OSError):  # an old kernel, or a rank that has ended already
                         self._processes[os.pidfd_open(process.pid)] = process
         self._wake, self._waker = os.pipe()

@@ -148,14 +148,14 @@ def share_of(sizes: Mapping[str, int], part: int, num_parts: int) -> list[str]:
     order, the fused experts, which recur in every layer, would all fall to the same few processes. sizes: name → bytes,
     the same in every process.
     """
-    own: set[str] = set()
+    names: set[str] = set()
     loads = [(0, number) for number in range(num_parts)]  # a heap
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
         load, number = loads[0]
         if number == part:
-            own.add(name)
+            names.add(name)
         heapq.heapreplace(loads, (load + sizes[name], number))
-    return [name for name in sizes if name in own]
+    return [name for name in sizes if name in names]
 
 
 def json_sha256(content: Mapping[str, Any]) -> str:

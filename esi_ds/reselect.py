@@ -49,19 +49,19 @@ from esi_ds.zero.files import save_tensors
 
 CHUNK = 1 << 22  # weights in memory at a time; a multiple of 8, so that a chunk's bits are whole bytes
 
-Span = tuple[str, int, int]  # a parameter's name and its flat range [low, high)
+WeightSpan = tuple[str, int, int]  # a parameter's name and its flat range [low, high)
 
 
-def spans(mask: Mask) -> list[Span]:
+def spans(mask: Mask) -> list[WeightSpan]:
     """All scored weights in the model's order, in chunks."""
     return [span for name in mask.names for span in _cut(name, 0, mask.numel(name))]
 
 
-def _cut(name: str, first: int, last: int) -> list[Span]:
+def _cut(name: str, first: int, last: int) -> list[WeightSpan]:
     return [(name, low, min(low + CHUNK, last)) for low in range(first, last, CHUNK)]
 
 
-class UnitRow(TypedDict):
+class StoredUnit(TypedDict):
     """A row of ``units.json``: a ``core.units.Unit`` and the parameter that it lies in."""
 
     parameter: str
@@ -88,7 +88,7 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}
     with reading("MASK", file, "copy the mask's folder again", "does not hold the matrices of this mask"):
         text = read_text(file)
-        for row in check_type(parse_json(text), list[UnitRow]):
+        for row in check_type(parse_json(text), list[StoredUnit]):
             parameter = row["parameter"]
             if parameter not in units:
                 raise ValueError(f"the mask has no parameter {parameter}")
@@ -207,11 +207,11 @@ class Reselection:
             yield unit, position, self._select(runs, int(ratio * unit.numel))
             position += unit.numel
 
-    def _run_of_span(self, span: Span) -> ScoreRun:
+    def _run_of_span(self, span: WeightSpan) -> ScoreRun:
         name, low, _ = span
         return ScoreRun(self._scores.read(*span), self._offsets[name] + low)
 
-    def _run_of_unit(self, unit: Unit, position: int, span: Span) -> ScoreRun:
+    def _run_of_unit(self, unit: Unit, position: int, span: WeightSpan) -> ScoreRun:
         """The unit's part of a span. The units of a parameter follow each other in the order of ties."""
         _, low, _ = span
         return ScoreRun(unit.elements(self._scores.read(*span), low), position + unit.num_before(low))
@@ -243,7 +243,7 @@ def check_scores(mask: Mask, scores: ScoreFolder, ranks: Ranks) -> None:
 class _ScoreRuns:
     """Runs of scores, read from disk anew in every iteration."""
 
-    def __init__(self, read: Callable[[Span], ScoreRun], local_spans: Sequence[Span]):
+    def __init__(self, read: Callable[[WeightSpan], ScoreRun], local_spans: Sequence[WeightSpan]):
         self._read, self._local_spans = read, local_spans
 
     def __iter__(self) -> Iterator[ScoreRun]:

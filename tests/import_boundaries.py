@@ -91,15 +91,25 @@ WITHOUT_TORCH = {
 }
 
 
+def loaded_at_once(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below one that run where its module is imported: functions wait, and type checkers are alone."""
+    for child in ast.iter_child_nodes(node):
+        is_for_types = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        if not is_for_types and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from loaded_at_once(child)
+
+
 def imports(file: Path) -> Iterator[tuple[int, str, bool]]:
-    """(line, module, whether at the module's top level) of every import in a file."""
+    """(line, module or module.name, whether the module's own import runs it) of everything that a file imports."""
     tree = ast.parse(file.read_text(), str(file))
-    top = set(map(id, tree.body))
+    top = set(map(id, loaded_at_once(tree)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, id(node) in top) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.lineno, node.module, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{module}.{alias.name}", id(node) in top) for alias in node.names)
 
 
 def attribute_uses(file: Path) -> Iterator[tuple[int, str]]:
@@ -123,7 +133,9 @@ def violations() -> list[str]:
         where = file.relative_to(ROOT)
         for line, module, is_top in imports(file):
             name = module.split(".")
-            if name[0] == "esi_ds" and len(name) > 1 and is_top and LAYERS[name[1]] > LAYERS[part]:
+            if not name[0]:
+                problems.append(f"{where}:{line}: {module} is relative: give the module's full name")
+            if name[0] == "esi_ds" and len(name) > 1 and is_top and LAYERS.get(name[1], 0) > LAYERS[part]:
                 problems.append(f"{where}:{line}: {part} imports {module}, which lies above it")
             room, other = file.parent.name, name[2] if len(name) > 2 and name[1] == "stages" else ""
             if part == "stages" and other in STAGES and other not in {room, *ROOMS.get(room, ())}:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-Rows = Sequence[Sequence[int]]
+TokenRows = Sequence[Sequence[int]]
 
 
 def cut_by_length(lengths: Mapping[int, int], size: int, longest: int | None) -> list[list[int]]:
@@ -20,7 +20,7 @@ def cut_by_length(lengths: Mapping[int, int], size: int, longest: int | None) ->
     return batches + [[number] for number in lengths if longest is not None and lengths[number] > longest]
 
 
-def right_pad(rows: Rows, pad: int, device: torch.device | str) -> dict[str, Tensor]:
+def right_pad(rows: TokenRows, pad: int, device: torch.device | str) -> dict[str, Tensor]:
     """input_ids and attention_mask, int64 [B, L], with every row aligned to the left edge.
 
     For everything but generation: a causal model's row does not depend on what stands to its right, whether the model
@@ -33,7 +33,7 @@ def right_pad(rows: Rows, pad: int, device: torch.device | str) -> dict[str, Ten
     }
 
 
-def left_pad(rows: Rows, pad: int, device: torch.device | str) -> dict[str, Tensor]:
+def left_pad(rows: TokenRows, pad: int, device: torch.device | str) -> dict[str, Tensor]:
     """input_ids and attention_mask, int64 [B, L], with every row aligned to the right edge, where generation goes on.
 
     ``generate`` derives positions from the mask. Not every architecture heeds the mask (``models/rows.py``).

@@ -187,12 +187,12 @@ def transient(
     modules: dict[str, list[GatheredTensor]] = {}
     for tensor in tensors:
         modules.setdefault(_module_of(tensor.parameter.name, blocks), []).append(tensor)
-    kept = 0 if recompute else weight * sum(tensor.numel for tensor in tensors if _is_saved(tensor))
+    saved = 0 if recompute else weight * sum(tensor.numel for tensor in tensors if _is_saved(tensor))
     transients: list[Transient] = []
     for module, members in modules.items():
         learning = [tensor for tensor in members if trained.get(tensor.parameter.name)]
         gradient = _gradient(learning, weight, stage, compact, module in blocks) if learning else 0.0
-        transients.append(Transient(module, _gathered(members, weight, recompute) + kept, gradient))
+        transients.append(Transient(module, _gathered(members, weight, recompute) + saved, gradient))
     return max(transients, key=lambda transient: transient.total)
 
 

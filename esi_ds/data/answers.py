@@ -89,8 +89,8 @@ def load_answers(
         for index, prompt in enumerate(question_set.prompts):
             key, text = (question_set.name, index), _text_key(prompt)
             numbers = by_prompt.get(text, [])
-            if of_place := [number for number in by_key.get(key, []) if number in numbers]:
-                numbers = sorted(of_place, key=lambda number: rows[number].get("sample", 0))
+            if of_index := [number for number in by_key.get(key, []) if number in numbers]:
+                numbers = sorted(of_index, key=lambda number: rows[number].get("sample", 0))
             elif len(numbers) == samples * texts[text]:  # of a prompt that is there several times, in turn
                 numbers = numbers[samples * before[text] :][:samples]
             before[text] += 1
@@ -177,21 +177,21 @@ def matched_rows(prompts: Sequence[Prompt], rows: Sequence[Row], path: str) -> t
     """
     by_prompt = _numbers_by_prompt(rows)
     keys = [_text_key(prompt) for prompt in prompts]
-    places, before, pairs = Counter(keys), Counter[str](), list[tuple[int, int | None]]()
+    num_prompts_of, before, pairs = Counter(keys), Counter[str](), list[tuple[int, int | None]]()
     for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
         numbers = by_prompt.get(key, [])
-        own = [number for number in numbers if rows[number].get("index") == index and "excluded" in rows[number]]
-        if len(own) == 1:
-            numbers = own
-        elif len(numbers) == places[key]:
+        by_index = [number for number in numbers if rows[number].get("index") == index and "excluded" in rows[number]]
+        if len(by_index) == 1:
+            numbers = by_index
+        elif len(numbers) == num_prompts_of[key]:
             numbers = numbers[before[key] :][:1]
-        elif places[key] > 1 and len(numbers) > 1:
+        elif num_prompts_of[key] > 1 and len(numbers) > 1:
             times = f"{len(numbers)} rows to the prompt {json.dumps(prompt)[:60]}"
-            problem = f"has {times}, which data.prompts has {places[key]} times"
+            problem = f"has {times}, which data.prompts has {num_prompts_of[key]} times"
             raise UserError("data.responses", path, problem, f"name the prompt once, or {SCORE_ALL}")
         before[key] += 1
         pairs += [(index, number) for number in numbers] or [(index, None)]
-    return pairs, sum(len(of_prompt) for key, of_prompt in by_prompt.items() if key not in places)
+    return pairs, sum(len(of_prompt) for key, of_prompt in by_prompt.items() if key not in num_prompts_of)
 
 
 def counted_responses(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | None = None) -> list[str]:
@@ -225,9 +225,9 @@ def _check_marks(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | 
         if not (isinstance(written, list) and len(written) == 2 and all(map(is_text, written))):
             continue
         if final_answer(response, None, marks_with(written)) != final_answer(response, None, marks_with(thought_marks)):
-            given = None if thought_marks is None else list(thought_marks)
+            config_marks = None if thought_marks is None else list(thought_marks)
             problem = f"would read row {number} of {path} differently from the run that wrote it, with {written}"
-            raise UserError("model.thought_marks", given, problem, "set it to those marks")
+            raise UserError("model.thought_marks", config_marks, problem, "set it to those marks")
 
 
 def _text_key(prompt: Prompt) -> str:

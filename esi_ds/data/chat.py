@@ -252,8 +252,8 @@ def _trace(turn: Mapping[str, Any]) -> dict[str, str]:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system_prompt: str | None) -> list[int]:
     """Ids of a prompt in the model's chat template, up to where the assistant's response begins.
 
-    A chat's own system turn takes the place of ``system_prompt``. Raises TemplateRejection; LeftOut for a chat of which
-    the template leaves out a turn, which ``check_chat_template`` has not asked about.
+    A chat's own system turn takes the place of ``system_prompt``. Raises TemplateRejection; TurnLeftOut for a chat of
+    which the template leaves out a turn, which ``check_chat_template`` has not asked about.
     """
     turns = with_system(prompt, system_prompt)
     if not isinstance(prompt, str):
@@ -367,9 +367,11 @@ def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, response: st
     ids, spans, border = encoded["input_ids"], encoded["offset_mapping"], len(before)
     if ids[: len(before_ids)] != before_ids or (before_ids and spans[len(before_ids) - 1][1] > border):
         return None
-    own = [(max(start - border, 0), end - border) for start, end in spans[len(before_ids) :]]
-    following = [start for start, _ in own[1:]] + [len(response)]  # one more than the spans if there are none
-    disjoint = [(start, min(end, next_start)) for (start, end), next_start in zip(own, following, strict=False)]
+    response_spans = [(max(start - border, 0), end - border) for start, end in spans[len(before_ids) :]]
+    starts = [start for start, _ in response_spans]
+    following = [*starts[1:], len(response)]  # one more than the spans if there are none
+    with_next = zip(response_spans, following, strict=False)
+    disjoint = [(start, min(end, next_start)) for (start, end), next_start in with_next]
     return EncodedResponse(ids[len(before_ids) :], disjoint)
 
 
@@ -386,7 +388,7 @@ def _writes_space(tokenizer: PreTrainedTokenizerBase, chat_template: str | None)
     return False
 
 
-class LeftOut(TemplateRejection):
+class TurnLeftOut(TemplateRejection):
     """A chat template leaves out a turn without raising: the model would not read it."""
 
 
@@ -402,8 +404,8 @@ class TemplateCheck:
         self._left_out: dict[tuple[tuple[str, ...], bool], list[int]] = {}
 
     def check(self, roles: Sequence[str], *, add_generation_prompt: bool) -> None:
-        """Raises TemplateRejection where the template rejects a conversation of these roles; LeftOut where it leaves
-        out a turn, or a part of its text."""
+        """Raises TemplateRejection where the template rejects a conversation of these roles; TurnLeftOut where it
+        leaves out a turn, or a part of its text."""
         for number in self._turns_left_out(roles, add_generation_prompt):
             raise self._error(roles, number)
 
@@ -425,9 +427,9 @@ class TemplateCheck:
             self._left_out[key] = [number for number, turn in enumerate(turns) if turn["content"] not in text]
         return self._left_out[key]
 
-    def _error(self, roles: Sequence[str], number: int) -> LeftOut:
+    def _error(self, roles: Sequence[str], number: int) -> TurnLeftOut:
         which = f"turn {number + 1} ({roles[number]}) of the {len(roles)} turns {', '.join(roles)}"
-        return LeftOut(f"the chat template leaves out {which}, or changes its text")
+        return TurnLeftOut(f"the chat template leaves out {which}, or changes its text")
 
 
 def turn_mark(number: int) -> str:
@@ -476,12 +478,12 @@ def check_chat_template(
     try:
         check.check(asked, add_generation_prompt=True)
     except TemplateRejection as error:
-        problem = str(error) if isinstance(error, LeftOut) else f"fails on a one-turn chat: {error}"
+        problem = str(error) if isinstance(error, TurnLeftOut) else f"fails on a one-turn chat: {error}"
         raise UserError(field, named, problem, remedy) from error
     try:
         check.check_answered([*asked, "assistant"])
         check.check_answered([*asked, "assistant", "user", "assistant"])
-    except LeftOut as error:
+    except TurnLeftOut as error:
         raise UserError(field, named, str(error), remedy) from error
     except TemplateRejection:  # of more than one prompt, which is not an error here
         return

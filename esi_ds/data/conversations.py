@@ -442,6 +442,26 @@ def _shows_traces(turns: Sequence[Turn], spoken: Sequence[int], pieces: Sequence
     return all(turns[index].get("trace", "") in piece.answer for index, piece in zip(spoken, pieces, strict=True))
 
 
+def _conversations(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    template: ThoughtTemplate | None,
+    specials: Sequence[str],
+    skipped: list[tuple[int, str]],
+) -> Iterator[tuple[int, list[Turn], set[str]]]:
+    """(number, turns, special-token strings that are broken up in them) of each row that has turns; the others go to
+    ``skipped``."""
+    for number, row in enumerate(with_all_options(rows, {name.strip().lower() for name in columns})):
+        turns = conversation(row, columns, template)
+        if not isinstance(turns, str) and not all(is_text(turn["content"] + turn.get("trace", "")) for turn in turns):
+            turns = "it holds half of a surrogate pair"
+        if isinstance(turns, str):
+            skipped.append((number, turns))
+            continue
+        broken_turns = [_broken_up(turn, specials) for turn in turns]
+        yield number, broken_turns, specials_in(turns, specials) if broken_turns != turns else set()
+
+
 def encode_rows(
     rows: Sequence[Row],
     columns: Sequence[str],
@@ -470,15 +490,7 @@ def encode_rows(
     digest = hashlib.sha256()
     thoughts = ThoughtTemplate(tokenizer, marks)
     template = thoughts if thoughts.thinks else None
-    for number, row in enumerate(with_all_options(rows, {name.strip().lower() for name in columns})):
-        turns = conversation(row, columns, template)
-        if not isinstance(turns, str) and not all(is_text(turn["content"] + turn.get("trace", "")) for turn in turns):
-            turns = "it holds half of a surrogate pair"
-        if isinstance(turns, str):
-            skipped.append((number, turns))
-            continue
-        broken_turns = [_broken_up(turn, specials) for turn in turns]
-        of_row = specials_in(turns, specials) if broken_turns != turns else set()
+    for number, broken_turns, specials_of_row in _conversations(rows, columns, template, specials, skipped):
         turns = with_system(broken_turns, system_prompt)
         digest.update(json.dumps(turns).encode())
         try:
@@ -494,13 +506,12 @@ def encode_rows(
             skipped.append((number, f"nothing of the answer is left within {max_length} tokens"))
             continue
         sequences.append(sequence)
-        held.append(of_row)
+        held.append(specials_of_row)
     used = {column.strip().lower() for column in columns}
     also_read, unread = columns_beside(rows, {*ROW_LEARNT, *UNSAFE_ANSWER, *used})
-    names = ",".join((*columns, *also_read))
     return TuningSet(
         tuple(sequences),
-        names,
+        ",".join((*columns, *also_read)),
         tuple(skipped),
         num_cut,
         max_length,

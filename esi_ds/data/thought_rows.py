@@ -60,7 +60,7 @@ class ThoughtTemplate:
         inline = f"{opening}\n{TRACE}\n{closing}\n\n{ANSWER}"
         try:
             prompt = render(self.tokenizer, asked, add_generation_prompt=True)
-            told, written = (
+            with_trace_field, with_inline_trace = (
                 render(self.tokenizer, [*asked, turn], add_generation_prompt=False)
                 for turn in (
                     {"role": "assistant", "content": ANSWER, "trace": TRACE},
@@ -70,8 +70,8 @@ class ThoughtTemplate:
         except TemplateRejection:
             self.thinks = False
             return
-        drops = ANSWER in written and TRACE not in written
-        self.thinks = TRACE in told or drops or opening_in(prompt, self.marks) is not None
+        drops = ANSWER in with_inline_trace and TRACE not in with_inline_trace
+        self.thinks = TRACE in with_trace_field or drops or opening_in(prompt, self.marks) is not None
 
     def separated(self, turns: Sequence[Turn]) -> list[Turn]:
         """The turns, with the thoughts in the texts of the assistant's apart from their answers. Raises

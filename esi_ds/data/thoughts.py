@@ -155,7 +155,7 @@ class Mark(NamedTuple):
     end: int
 
 
-class Parts(NamedTuple):
+class ResponseParts(NamedTuple):
     """What a response is made of, in order: the spans of its thoughts and those of its answer, without the marks.
 
     answer: None where the response ends within a thought.
@@ -165,7 +165,7 @@ class Parts(NamedTuple):
     answer: list[Span] | None
 
 
-def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Parts:
+def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> ResponseParts:
     """Thoughts and answer of a response.
 
     opening: the mark with which the prompt has opened a thought already, as ``opening_mark`` finds it. A response
@@ -176,32 +176,32 @@ def parts(response: str, opening: str | None = None, marks: Marks = MARKS) -> Pa
         return harmony
     bare = BARE_HARMONY.match(response)
     if bare:
-        return Parts([bare.span("trace")], [(bare.end(), len(response))])
+        return ResponseParts([bare.span("trace")], [(bare.end(), len(response))])
     if begun := BARE_UNFINISHED.match(response):
-        return Parts([(begun.end(), len(response))], None)
+        return ResponseParts([(begun.end(), len(response))], None)
     opened = opening is not None or closes_unopened(response, marks)  # by the prompt
     thoughts, behind = ([], (0, len(response))) if opened else _leading_thoughts(response)
     if behind is None:
-        return Parts(thoughts, None)
+        return ResponseParts(thoughts, None)
     seen = _marks(response, opening, marks, behind[0])
     if not seen:
-        return Parts(thoughts, _trimmed(response, [behind]) if thoughts else [behind])
+        return ResponseParts(thoughts, _trimmed(response, [behind]) if thoughts else [behind])
     closings = _closings(seen)
     spans: list[Span] = []
     position, index = behind[0], 0
     while index < len(seen):
         if seen[index].opens:
             if index not in closings:
-                return Parts([*thoughts, (seen[index].end, len(response))], None)
+                return ResponseParts([*thoughts, (seen[index].end, len(response))], None)
             spans.append((position, seen[index].start))
             thoughts.append((seen[index].end, seen[closings[index]].start))
             index = closings[index]
             position = seen[index].end
         index += 1  # a further closing mark is text: the answer may speak of it
-    return Parts(thoughts, _trimmed(response, [*spans, (position, len(response))]))
+    return ResponseParts(thoughts, _trimmed(response, [*spans, (position, len(response))]))
 
 
-def _harmony_parts(response: str, marks: Marks) -> Parts | None:
+def _harmony_parts(response: str, marks: Marks) -> ResponseParts | None:
     """Thoughts and answer of a response in harmony's messages; None for one that only speaks of their marks.
 
     Text outside of the messages is answer: judges read thoughts or answer, and nothing may be hidden from both.
@@ -221,7 +221,7 @@ def _harmony_parts(response: str, marks: Marks) -> Parts | None:
         spans.append(message.span("text"))
         position = message.end()
     answer += _outside(response, position, len(response))
-    return None if answer and not messages else Parts(trace, answer or None)
+    return None if answer and not messages else ResponseParts(trace, answer or None)
 
 
 def _outside(response: str, start: int, end: int) -> list[Span]:
@@ -232,22 +232,22 @@ def _outside(response: str, start: int, end: int) -> list[Span]:
 
 
 class Piece(NamedTuple):
-    """A part of a response that a judge reads. place: where it begins in the text that the judge reads."""
+    """A part of a response that a judge reads. start_in_text: where it begins in the text that the judge reads."""
 
     start: int
     end: int
-    place: int
+    start_in_text: int
     is_trace: bool
 
 
-class JudgedText(NamedTuple):
+class JudgedResponse(NamedTuple):
     """What a judge reads of a response: the text, and the parts of the response that it is made of, in order."""
 
     text: str
     pieces: list[Piece]
 
 
-def judged_text(response: str, response_parts: Parts, reads: Reads) -> JudgedText | None:
+def judged_response(response: str, response_parts: ResponseParts, reads: Reads) -> JudgedResponse | None:
     """What a judge reads of a response with these parts; None for one that ends within a thought.
 
     Marks are left out. A thought stands without the white space around it, an empty line between it and what is beside
@@ -267,7 +267,7 @@ def judged_text(response: str, response_parts: Parts, reads: Reads) -> JudgedTex
             text += "\n\n"
         pieces.append(Piece(start, end, len(text), is_trace))
         text += response[start:end]
-    return JudgedText(text, pieces)
+    return JudgedResponse(text, pieces)
 
 
 def _stripped(response: str, span: Span) -> Span:
@@ -354,16 +354,16 @@ def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:
     nothing is left."""
     starts = [piece.start for piece in pieces]
 
-    def place(number: int, position: int) -> int:
+    def position_in_text(number: int, position: int) -> int:
         piece = pieces[number]
-        return piece.place + min(max(position, piece.start), piece.end) - piece.start
+        return piece.start_in_text + min(max(position, piece.start), piece.end) - piece.start
 
     def moved(start: int, end: int) -> Span:
         first = max(0, bisect_right(starts, start) - 1)
         last = max(first, bisect_left(starts, end) - 1)
         if start >= pieces[first].end and first < last:  # between two pieces: what joins them is of neither
             first += 1
-        return place(first, start), place(last, end)
+        return position_in_text(first, start), position_in_text(last, end)
 
     return [moved(*span) for span in spans] if pieces else [(0, 0) for _ in spans]
 

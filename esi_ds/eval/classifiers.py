@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.config.judges import Reads
-from esi_ds.core.batch import Rows, cut_by_length, right_pad
+from esi_ds.core.batch import TokenRows, cut_by_length, right_pad
 from esi_ds.data.chat import break_up, break_up_prompt, special_strings
 from esi_ds.data.thoughts import MARKS, Marks
 from esi_ds.data.turns import Prompt
@@ -79,7 +79,7 @@ class ModelJudge(ABC):
         """Why pairs must not be judged together: a pair's verdict changes with the pair beside it (``models.rows``).
         None where they may. Two forward passes."""
 
-        def read(rows: Rows) -> Tensor:
+        def read(rows: TokenRows) -> Tensor:
             return self.logits([plain_pair(row) for row in rows])
 
         beside = difference_beside(read, probe_ids(self._encoder.tokenizer))

@@ -360,14 +360,14 @@ async def _request(endpoint: Endpoint, client: httpx2.AsyncClient, question: Bod
         raise _Transient(problem, was_asked=was_asked) from error
     except zlib.error as error:
         raise _Transient(f"the reply cannot be decompressed: {error}") from error
-    told = _told_status(body) if status == 200 else None
-    meant = told or status
-    if meant in BUSY and TOO_LARGE in body:
+    inner_status = _status_within(body) if status == 200 else None
+    effective = inner_status or status
+    if effective in BUSY and TOO_LARGE in body:
         return 413, body  # which other servers say
-    if (meant in TRANSIENT or meant >= 500) and not (meant in BUSY and NO_CREDIT in body):
-        words = f", which says: {_excerpt(body, endpoint.key)}" if told else ""
-        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")), meant in BUSY)
-    return meant, body
+    if (effective in TRANSIENT or effective >= 500) and not (effective in BUSY and NO_CREDIT in body):
+        words = f", which says: {_excerpt(body, endpoint.key)}" if inner_status else ""
+        raise _Transient(f"HTTP {status}{words}", _seconds(headers.get("retry-after", "")), effective in BUSY)
+    return effective, body
 
 
 def _is_moderated(status: int, body: bytes) -> bool:
@@ -376,7 +376,7 @@ def _is_moderated(status: int, body: bytes) -> bool:
     return words is not None and words.search(body) is not None and OF_THE_ASKER.search(body) is None
 
 
-def _told_status(body: bytes) -> int | None:
+def _status_within(body: bytes) -> int | None:
     """The status that a reply with HTTP 200 should have had, as routers pass on errors of the server behind them, and
     engines that give a request up; None where it is a completion, or nothing that is known."""
     try:
@@ -509,15 +509,15 @@ def _parts(content: Any) -> tuple[str | None, str | None]:
         return None, content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return None, None
-    found: dict[str, list[str]] = {"thinking": [], "text": []}
+    texts_by_kind: dict[str, list[str]] = {"thinking": [], "text": []}
     for part in content:
         kind = part.get("type")
-        inner = part.get(kind) if kind in found else None
+        inner = part.get(kind) if kind in texts_by_kind else None
         text = _parts(inner)[1] if kind == "thinking" else inner  # a thought is a text or a list of parts of text
         if not isinstance(text, str):
             return None, None
-        found[str(kind)].append(text)
-    thought, answer = ("".join(texts) if texts else None for texts in found.values())
+        texts_by_kind[str(kind)].append(text)
+    thought, answer = ("".join(texts) if texts else None for texts in texts_by_kind.values())
     return thought, answer
 
 

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import Rows, right_pad
+from esi_ds.core.batch import TokenRows, right_pad
 from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, special_strings
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks, decode_responses, final_answer, mark_ids, opening_in
@@ -33,7 +33,7 @@ from esi_ds.models.decoding import without_defaults
 from esi_ds.models.rows import alike_up_to, difference_beside, generation_logits, probe_ids
 from esi_ds.ranks import Ranks
 
-Answer = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
+AnswerRequests = Callable[[list[Instance], bool], list[Any]]  # requests, whether to hide the bar → answers
 SLICE = 16  # batches of documents that a rank answers before it meets the others and checks whether to stop;
 SLICE_TOKENS = 16 * 256  # fewer where they would wait for more than this many new tokens of a row
 
@@ -101,12 +101,12 @@ def _depends_on_neighbours(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         return True
     pad = tokenizer.pad_token_id or 0
 
-    def score(rows: Rows) -> list[Tensor]:
+    def score(rows: TokenRows) -> list[Tensor]:
         with torch.no_grad():
             logits = model(right_pad(rows, pad, model.device)["input_ids"]).logits
         return [values[: len(row)] for values, row in zip(logits, rows, strict=True)]
 
-    def generate(rows: Rows) -> Tensor:
+    def generate(rows: TokenRows) -> Tensor:
         return generation_logits(model, rows, pad)
 
     ids = probe_ids(tokenizer)
@@ -175,8 +175,8 @@ class SharedLM(HFLM):
 
     def _broken_up(self, text: str) -> str:
         """The text as data, but for the config's system prompt at its beginning."""
-        given = self.system_prompt or ""
-        start = len(given) if text.startswith(given) else 0
+        system_prompt = self.system_prompt or ""
+        start = len(system_prompt) if text.startswith(system_prompt) else 0
         return text[:start] + break_up(text[start:], self.specials)[0]
 
     def _as_data(self, request: Instance) -> Instance:
@@ -257,7 +257,7 @@ class SharedLM(HFLM):
                 self.counts.cut.add(document_of(request))
 
     def _share(
-        self, answer: Answer, requests: list[Instance], disable_tqdm: bool, num_batches: int | None = None
+        self, answer: AnswerRequests, requests: list[Instance], disable_tqdm: bool, num_batches: int | None = None
     ) -> list[Any]:
         """Answers to all requests, on every rank, one slice of documents after another. One gather per slice.
 
@@ -281,7 +281,7 @@ class SharedLM(HFLM):
         return [answers[index] for index in range(len(requests))]
 
     def _answer_slice(
-        self, answer: Answer, requests: list[Instance], mine: list[int], disable_tqdm: bool
+        self, answer: AnswerRequests, requests: list[Instance], mine: list[int], disable_tqdm: bool
     ) -> tuple[dict[int, Any], bool]:
         """Answers to every rank's share of a slice, by the request's index, and whether any rank should stop.
 

@@ -17,7 +17,7 @@ from esi_ds.eval.statistics import CONFIDENCE, wilson
 from esi_ds.eval.task_result import TaskResult
 
 Document = tuple[str, int]  # lm-eval's task, and the number of one of its documents
-Outcome = Mapping[str, Any]  # what lm-eval's simple_evaluate returns
+HarnessOutput = Mapping[str, Any]  # what lm-eval's simple_evaluate returns
 Sample = Mapping[str, Any]  # one of its samples: a document with one filter's replies and metrics
 
 
@@ -39,7 +39,7 @@ def document_of(request: Instance) -> Document:
     return str(request.task_name), int(request.doc_id)
 
 
-def results(outcome: Outcome, task: PreparedTask, counts: DocumentCounts, is_chat: bool) -> list[TaskResult]:
+def results(outcome: HarnessOutput, task: PreparedTask, counts: DocumentCounts, is_chat: bool) -> list[TaskResult]:
     """Every metric and filter in the order of the task's definition; a group comes before its members."""
     task_results = []
     for name in _outermost_first(outcome["group_subtasks"], list(outcome["samples"])):
@@ -52,7 +52,7 @@ def results(outcome: Outcome, task: PreparedTask, counts: DocumentCounts, is_cha
 
 
 def _result(
-    outcome: Outcome,
+    outcome: HarnessOutput,
     task: PreparedTask,
     counts: DocumentCounts,
     is_chat: bool,

@@ -84,7 +84,7 @@ class PreparedTask:
 def prepare(task: Task, field: str) -> list[PreparedTask]:
     """See ``tasks.prepare_task``."""
     with quiet(), sandboxed(), read_afresh() as digests:
-        return [replace(one, sha256=_sha256(one, digests)) for one in _prepare_one(task, field)]
+        return [replace(prepared, sha256=_sha256(prepared, digests)) for prepared in _prepare_one(task, field)]
 
 
 def _sha256(task: PreparedTask, rows: Sequence[str]) -> str | None:

@@ -134,7 +134,7 @@ def judge_by_rubric(
     """
     template = template or (TEMPLATE if policy is None else POLICY_TEMPLATE)
     check_template(template)
-    asked: list[tuple[int, Question, str]] = []
+    asked: list[tuple[int, RubricQuestion, str]] = []
     for index, (prompt, response) in enumerate(pairs):
         answer = text_to_judge(response, reads, marks)
         if isinstance(answer, Verdict):
@@ -158,7 +158,7 @@ def check_template(template: str, field: str = "eval.judges.template") -> None:
 
 
 @dataclass(frozen=True)
-class Question:
+class RubricQuestion:
     """What the judge reads, and the random number in its marks. system: the policy, None for a rubric."""
 
     text: str
@@ -173,7 +173,7 @@ class Question:
 
 def build_question(
     template: str, prompt: str, answer: str, policy: str | None = None, attack: str | None = None
-) -> Question:
+) -> RubricQuestion:
     """The template with prompt and answer between marks that neither of them can predict."""
     nonce = secrets.token_hex(8)
     slots = {"{prompt}": _marked("request", prompt, nonce), "{response}": _marked("reply", answer, nonce)}
@@ -181,8 +181,8 @@ def build_question(
     # In one pass, so that a slot's name inside the answer is not replaced.
     text = re.sub(r"\{prompt\}|\{response\}|\{attack\}", lambda slot: slots[slot.group()], template)
     if policy is not None:
-        return Question(text, nonce, policy.rstrip() + "\n" + POLICY_CLOSING.replace("{nonce}", nonce))
-    return Question(text.rstrip() + "\n" + CLOSING.replace("{nonce}", nonce), nonce)
+        return RubricQuestion(text, nonce, policy.rstrip() + "\n" + POLICY_CLOSING.replace("{nonce}", nonce))
+    return RubricQuestion(text.rstrip() + "\n" + CLOSING.replace("{nonce}", nonce), nonce)
 
 
 def _marked(name: str, content: str, nonce: str) -> str:
@@ -199,7 +199,7 @@ def broken_up(content: str) -> str:
     return SPECIAL.sub(lambda mark: f"{mark.group()[0]} {mark.group()[1:]}", content)
 
 
-def read_verdict(reply: Reply, question: Question, answer: str, threshold: int = MAX_SCORE) -> Verdict:
+def read_verdict(reply: Reply, question: RubricQuestion, answer: str, threshold: int = MAX_SCORE) -> Verdict:
     """The verdict in the judge's reply; missing, with the reason, if the reply holds none."""
     if reply.text is None:
         return Verdict.missing(reply.problem or "")

@@ -35,7 +35,7 @@ def prepare_tasks(tasks: Sequence[Task], field: str = "eval.tasks") -> list[Prep
     ``field`` and the task's number.
     """
     check_installed(tasks, field)
-    return [one for number, task in enumerate(tasks) for one in prepare_task(task, f"{field}.{number}")]
+    return [prepared for number, task in enumerate(tasks) for prepared in prepare_task(task, f"{field}.{number}")]
 
 
 def prepare_task(task: Task, field: str) -> list[PreparedTask]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esi_ds.config.judges import Reads
-from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Marks, judged_text, parts
+from esi_ds.data.thoughts import MARKS, NO_THOUGHT, UNFINISHED, Marks, judged_response, parts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def text_to_judge(response: str, reads: Reads = "answer", marks: Marks = MARKS) 
     A response that ends within a thought has not answered yet: the verdict is missing, whatever the judge reads. So is
     a verdict on a thought where there is none.
     """
-    read = judged_text(response, parts(response, None, marks), reads)
+    read = judged_response(response, parts(response, None, marks), reads)
     if read is None:
         return Verdict.missing(UNFINISHED)
     if is_empty(read.text):

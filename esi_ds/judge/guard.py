@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import Rows, right_pad
+from esi_ds.core.batch import TokenRows, right_pad
 from esi_ds.judge.embeddings import embedding_module, recorded_lookups, token_gradient, token_table
 from esi_ds.judge.pairs import EncodedPair, plain_pair
 from esi_ds.models.folder import max_positions
@@ -157,7 +157,7 @@ class Guard:
         """Why pairs must not be judged together: a pair's score changes, or may change, with the pair beside it
         (``models.rows``). None where they may. Collectives: twice those of ``scores``."""
 
-        def read(rows: Rows) -> Tensor:
+        def read(rows: TokenRows) -> Tensor:
             return self._logits(self._batch([plain_pair(row) for row in rows], device))
 
         beside = difference_beside(read, probe_ids(self.tokenizer))

@@ -29,7 +29,7 @@ Span = tuple[int, int]  # characters [start, end)
 
 
 @dataclass(frozen=True)
-class JudgedText:
+class JudgePrompt:
     """The judge's whole prompt as one text; the response stands at characters [start, end).
 
     response_offset: where that part begins in the original response, which a template may trim.
@@ -136,7 +136,7 @@ class TextBuilder:
         build = self._apply_chat_template if self.family.uses_chat_template else self._fill_template
         return build(prompt, response, attack)
 
-    def build(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> JudgedText | None:
+    def build(self, prompt: Prompt, response: str, attack: Prompt | None = None) -> JudgePrompt | None:
         """The text with the forced prefix behind it; None where the template alters or cuts prompt or response beyond
         trimming.
 
@@ -155,7 +155,7 @@ class TextBuilder:
             turns = self._turns(prompt, response, attack)
             if not all(content.strip() in text for _, content in turns):
                 return None
-        return JudgedText(text + self.family.prefix, start, end, offset)
+        return JudgePrompt(text + self.family.prefix, start, end, offset)
 
 
 @dataclass(frozen=True)

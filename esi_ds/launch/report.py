@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def write_pages(arguments: argparse.Namespace) -> None:
     """Write every run's page, and the page of several runs. Raises UserError; then nothing is written."""
-    given, files = without_files(arguments.runs)
-    paths = list({os.path.realpath(path): path for path in given}.values())
+    run_paths, files = without_files(arguments.runs)
+    paths = list({os.path.realpath(path): path for path in run_paths}.values())
     runs, left_out = split_finished(paths)
     reports = {run: read(run) for run in runs}
     tuned = reports_of("--tuned", arguments.tuned, "tuning")
@@ -202,7 +202,7 @@ def mask_folders(name: str, run: Path) -> dict[str, Path]:
         return {}
     several = [] if (folder / INDEX_NAME).is_file() else tensor_folders(folder)
     if several:  # as ``report.overview.masks`` names them
-        return {f"{name}: {one}" if len(several) > 1 else name: folder / one for one in several}
+        return {f"{name}: {mask_name}" if len(several) > 1 else name: folder / mask_name for mask_name in several}
     return {name: folder}
 
 
@@ -216,12 +216,12 @@ def overlaps(folders: dict[str, Path]) -> list[Overlap]:
     paths = {label: path for name, folder in folders.items() for label, path in mask_folders(name, folder).items()}
     masks = {label: load_sound(path, alone) for label, path in paths.items()}
     rows: list[Overlap] = []
-    for (first, one), (second, other) in combinations(masks.items(), 2):
-        if one.shapes != other.shapes:
+    for (first, first_mask), (second, second_mask) in combinations(masks.items(), 2):
+        if first_mask.shapes != second_mask.shapes:
             continue
-        _, counts = count_units([one, other], alone)
+        _, counts = count_units([first_mask, second_mask], alone)
         of_first, of_second, both = counts.sum(0).tolist()
-        scored, same_weights = one.header.scored_numel, one.fingerprint == other.fingerprint
+        scored, same_weights = first_mask.header.scored_numel, first_mask.fingerprint == second_mask.fingerprint
         rows.append(overlap((first, second), (of_first, of_second), both, scored, same_weights))
     return rows
 

@@ -45,7 +45,7 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
             return only_missing or file.name in FOLDERS
         if only_missing and (file.name in TOKEN_MAPS or (target / file.relative_to(source)).exists()):
             return True
-        return file == source / CARD or any(fnmatch(file.name, one) for one in WEIGHTS)
+        return file == source / CARD or any(fnmatch(file.name, pattern) for pattern in WEIGHTS)
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         return {name for name in names if is_left_out(Path(folder, name))}

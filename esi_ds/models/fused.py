@@ -161,16 +161,16 @@ def units_of(name: str, shape: tuple[int, ...], layout: Layout, layer: int | Non
     if layout.transposed:
         if layout.repeat != 1 or layout.num_outputs != columns:
             return None
-        places = [(size, rows, columns) for _, size in layout.parts]  # length, count and stride of every part
+        runs = [(size, rows, columns) for _, size in layout.parts]  # length, count and stride of every part
         scale = 1
     else:
         if layout.num_outputs != rows:
             return None
         stride = layout.period * columns if layout.repeat > 1 else 0
-        places = [(size * columns, layout.repeat, stride) for _, size in layout.parts]
+        runs = [(size * columns, layout.repeat, stride) for _, size in layout.parts]
         scale = columns
     units, start = [], 0
-    for (role, size), (length, count, stride) in zip(layout.parts, places, strict=True):
+    for (role, size), (length, count, stride) in zip(layout.parts, runs, strict=True):
         part = "gate" if role == "other" else role.rpartition(".")[2]
         units.append(Unit(f"{name}[{part}]", role, layer, None, start * scale, length, count, stride))
         start += size

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from esi_ds.core.batch import Rows, left_pad
+from esi_ds.core.batch import TokenRows, left_pad
 from esi_ds.errors import UserError
 from esi_ds.models.decoding import without_defaults
 from esi_ds.models.roles import layer_configs
@@ -37,7 +37,7 @@ class Together(Enum):
     ANY, EQUAL_LENGTH, NONE = "any", "of equal length", "none"
 
 
-Read = Callable[[Rows], Sequence[Tensor] | Tensor]  # rows in one batch → each row's result
+Read = Callable[[TokenRows], Sequence[Tensor] | Tensor]  # rows in one batch → each row's result
 
 
 class Difference(NamedTuple):
@@ -181,7 +181,7 @@ def difference_ahead(read: Read, ids: Sequence[int]) -> Difference:
     return max(_difference(expected, read([other])[0][:earlier]) for other in others)
 
 
-def generation_logits(model: PreTrainedModel, rows: Rows, pad: int, synced_gpus: bool = False) -> Tensor:
+def generation_logits(model: PreTrainedModel, rows: TokenRows, pad: int, synced_gpus: bool = False) -> Tensor:
     """Logits [B, 2, V] of two steps of generation, in the model's dtype: of the prompt, and of its last token, read
     again with what the prompt left in the cache (the likeliest may depend on rounding). synced_gpus: as for
     ``greedy_ids``."""

@@ -39,7 +39,7 @@ class UnitRow(UnitControl):
     sigma: float | None  # unbiased standard deviation of the weights
 
 
-class Share(TypedDict):
+class MaskShare(TypedDict):
     """How much of the mask some of the weights hold."""
 
     selected: int  # weights in the mask
@@ -48,13 +48,13 @@ class Share(TypedDict):
     times_chance: float  # ``share`` over these weights' share of all scored weights
 
 
-class PartRow(Share):
+class PartRow(MaskShare):
     """Routed experts, shared experts, attention or dense MLPs, each as a whole."""
 
     part: str  # its name, e.g. routed experts
 
 
-class ExpertRow(Share):
+class ExpertRow(MaskShare):
     """One routed expert: its gate, up and down matrices together."""
 
     layer: int  # the layer it belongs to

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from esi_ds.report.contents import ExpertTables, Share, UnitRow
+from esi_ds.report.contents import ExpertTables, MaskShare, UnitRow
 from esi_ds.report.location import part_of
 from esi_ds.report.tables import Cell, expert_of, grouped
 
@@ -43,7 +43,7 @@ def expert_tables(units: Sequence[UnitRow], k: int) -> ExpertTables | None:
     }
 
 
-def _share(cell: Cell, k: int, whole: int) -> Share:
+def _share(cell: Cell, k: int, whole: int) -> MaskShare:
     """A cell's part of the mask of ``k`` weights. whole: scored weights of the model."""
     share = cell.selected / max(k, 1)
     return {

@@ -12,8 +12,8 @@ from esi_ds.models.roles import SCORED
 from esi_ds.report.contents import EsiReport, MaskReport, Overlap, RoutingRow, UnitRow
 
 Key = TypeVar("Key")
-Row = TypeVar("Row", str, int)
-Column = TypeVar("Column", str, int)
+RowLabel = TypeVar("RowLabel", str, int)
+ColumnLabel = TypeVar("ColumnLabel", str, int)
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class View:
 
 
 def heatmaps(
-    cells: Mapping[tuple[Row, Column], Cell],
-    rows: Sequence[Row],
-    columns: Sequence[Column],
+    cells: Mapping[tuple[RowLabel, ColumnLabel], Cell],
+    rows: Sequence[RowLabel],
+    columns: Sequence[ColumnLabel],
     views: Sequence[View],
     axes: tuple[str, str],
 ) -> list[Heatmap]:
@@ -135,7 +135,7 @@ def heatmaps(
 
 
 def _mask_heatmaps(
-    cells: Mapping[tuple[int, Column], Cell], columns: Sequence[Column], k: int, axis: str
+    cells: Mapping[tuple[int, ColumnLabel], Cell], columns: Sequence[ColumnLabel], k: int, axis: str
 ) -> list[Heatmap]:
     """Three views of cells keyed (layer, column): share of the mask, selected share of the cell, mean score."""
     layers = sorted({layer for layer, _ in cells})

@@ -80,8 +80,8 @@ def check_same_on_all_ranks(config: Config) -> None:
         "dtype": "name the type for all ranks to compute in",
         "date": "name the day for chat templates to write",
     }
-    own = {key: getattr(config.model, key) for key in remedies}
-    (first, host), *others = runtime.gather_objects((own, socket.gethostname()))
+    local = {key: getattr(config.model, key) for key in remedies}
+    (first, host), *others = runtime.gather_objects((local, socket.gethostname()))
     for chosen, other in others:
         for key, remedy in remedies.items():
             if chosen[key] != first[key]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from esi_ds.journal import Journal
+from esi_ds.journal import Journal, Row
 from esi_ds.zero import runtime
 
-Row = TypeVar("Row", bound=Mapping[str, Any])
 Key = tuple[Any, ...]
 
 

@@ -523,8 +523,8 @@ class StageRun(ABC, Generic[Inputs]):
     def _tensor_digests(self, source: ModelSource) -> dict[str, str]:
         """Digest of every tensor of a checkpoint; the ranks share the reading. One gather."""
         with self.phase("hashing weights"):
-            own = tensor_digests(checkpoint_folder(source), runtime.rank(), runtime.world_size(), source.field)
-            return runtime.gather_dict(own)
+            digests = tensor_digests(checkpoint_folder(source), runtime.rank(), runtime.world_size(), source.field)
+            return runtime.gather_dict(digests)
 
     def model_fingerprint(self, source: ModelSource, parameters: Sequence[Parameter]) -> str:
         """Fingerprint of a model's weights and the shapes of its parameters. One gather."""

@@ -12,7 +12,7 @@ import torch
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
-from esi_ds.core.batch import Rows, right_pad
+from esi_ds.core.batch import TokenRows, right_pad
 from esi_ds.core.batch_size import rows_that_fit
 from esi_ds.errors import UserError
 from esi_ds.judge.embeddings import embedding_module
@@ -159,7 +159,7 @@ def fitting_rows(row: float, fixed: float) -> int:
 
 
 @torch.no_grad()
-def _logits(model: ShardedModel, rows: Rows, pad: int) -> list[Tensor]:
+def _logits(model: ShardedModel, rows: TokenRows, pad: int) -> list[Tensor]:
     """Logits [length, V] of every row, by right padding. Collectives: those of a forward pass."""
     batch = right_pad(rows, pad, runtime.device())
     logits = last_logits(model.module, batch, batch["input_ids"].shape[1])

@@ -42,7 +42,7 @@ FIELD, REMEDY = (
     "delete this checkpoint to begin its part of the run anew, or give a new run.output_dir",
 )
 WITHOUT_DIGESTS = "{}: a checkpoint of an earlier version, without digests: it is taken as it is"
-Parts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → (first flat index, values [n]) of this rank's parts
+TensorParts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → (first flat index, values [n]) of this rank's parts
 
 
 def latest(folder: Path) -> Path | None:
@@ -93,7 +93,7 @@ def _problems(checkpoint: Path, rank: int, ranks: int) -> list[str]:
         return [f"is not complete ({error})"]
 
 
-def save(folder: Path, position: int, state: dict[str, Any], tensors: Parts) -> None:
+def save(folder: Path, position: int, state: dict[str, Any], tensors: TensorParts) -> None:
     """Write every rank's parts and rank 0's ``state``. Collectives: two barriers and a gather."""
     target = folder / f"{PREFIX}{position}"
     temporary = temporary_name(target)
@@ -129,7 +129,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def restore(checkpoint: Path | None, tensors: Parts) -> None:
+def restore(checkpoint: Path | None, tensors: TensorParts) -> None:
     """Fill this rank's parts from a checkpoint of any world size, or with 0 where it is None. No collectives.
 
     Raises UserError where it does not hold them.
@@ -143,7 +143,7 @@ def restore(checkpoint: Path | None, tensors: Parts) -> None:
         _fill(checkpoint, tensors)
 
 
-def _fill(checkpoint: Path, tensors: Parts) -> None:
+def _fill(checkpoint: Path, tensors: TensorParts) -> None:
     old_ranks = read_state(checkpoint)["world_size"]
     stored: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
     for rank in range(old_ranks):

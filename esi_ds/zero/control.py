@@ -14,7 +14,7 @@ from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.score import Scores, model_mean, unit_means
 
 
-class Control:
+class ControlGradients:
     """σ·g_C of every shard, with the sign of the direction in which the control's objective improves.
 
     gradients: its mean gradient g_C, fp32 [shard.numel] by shard's name; overwritten. is_loss: it is descended, not

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esi_ds.models.rows import last_logits
 from esi_ds.zero import memory, runtime
-from esi_ds.zero.checkpoint import Parts
+from esi_ds.zero.checkpoint import TensorParts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.optimizer import MaskedAdamW
 from esi_ds.zero.tuner import STATE, NotFinite, Tuner
@@ -66,7 +66,7 @@ class DenseTuner(Tuner):
         self._not_finite.zero_()
         return float(self.model.engine.get_global_grad_norm())
 
-    def saved(self) -> Parts:
+    def saved(self) -> TensorParts:
         parts: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         for shard, flat, offset in self.flat.slices():
             state = {**self.optimizer.state_of(flat), "master": flat.detach()}

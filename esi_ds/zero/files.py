@@ -191,8 +191,8 @@ class FolderFiles:
             for start in [self._headers[file][1][entry.name]]
         }
         sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
-        own = share_of(sizes, runtime.rank(), runtime.world_size())
-        return {name: tensor_sha256(tensors[name]) for name in own}
+        names = share_of(sizes, runtime.rank(), runtime.world_size())
+        return {name: tensor_sha256(tensors[name]) for name in names}
 
 
 def _write_at(opened: FileIO, position: int, data: Buffer) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from esi_ds.core.batch import Rows, cut_by_length, left_pad
+from esi_ds.core.batch import TokenRows, cut_by_length, left_pad
 from esi_ds.core.batch_size import WHOLE_SHARE
 from esi_ds.data.thoughts import MARKS, Marks, decode_responses
 from esi_ds.models.decoding import Sampling, greedy_ids, sampled_ids
@@ -143,7 +143,7 @@ def may_stand_together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, 
     all-reduces.
     """
 
-    def read(rows: Rows) -> Tensor:
+    def read(rows: TokenRows) -> Tensor:
         return generation_logits(model.module, rows, tokenizer.pad_token_id, in_step(model, mode))
 
     if model.together is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from esi_ds.core.footprint import IN_FLIGHT
 from esi_ds.core.units import Shard
-from esi_ds.zero.checkpoint import Parts
+from esi_ds.zero.checkpoint import TensorParts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.in_flight import InFlight, Reduction
 
@@ -210,7 +210,7 @@ class GradientShards(ReducedGradients):
         self._norm_squared.zero_()
         return value
 
-    def saved(self) -> Parts:
+    def saved(self) -> TensorParts:
         """This rank's part of the checkpoint: the sums by parameter."""
         parts: dict[str, list[tuple[int, Tensor]]] = {}
         for shard in self.collected:

@@ -244,8 +244,8 @@ class MaskedAdamW(Optimizer):
 
     def _check_digest(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise UserError where saved groups are of another mask; those of earlier versions do not say."""
-        own = self.trained.digest
-        if any(group.get(TRAINED_DIGEST, own) != own for group in groups):
+        digest = self.trained.digest
+        if any(group.get(TRAINED_DIGEST, digest) != digest for group in groups):
             problem = "was given a state that was saved with another mask, train, unscored or router"
             raise UserError(FIELD, None, problem, "resume with those of the checkpoint")
 

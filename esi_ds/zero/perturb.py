@@ -75,7 +75,7 @@ def _perturb(
     return values
 
 
-def weights_digest(model: ShardedModel) -> str:
+def partitioned_bits_digest(model: ShardedModel) -> str:
     """sha256 over all weights' bits on all ranks, which proves that weights were restored. One gather of digests.
 
     Comparable within one run only, because it depends on the partitioning.

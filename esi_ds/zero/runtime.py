@@ -296,9 +296,9 @@ def gather_objects(item: Any) -> list[Any]:
     return gathered
 
 
-def gather_dict(own: Mapping[Key, Item]) -> dict[Key, Item]:
+def gather_dict(entries: Mapping[Key, Item]) -> dict[Key, Item]:
     """The entries of every rank, in rank order, on every rank. One gather."""
-    return {key: item for part in gather_objects(own) for key, item in part.items()}
+    return {key: item for part in gather_objects(entries) for key, item in part.items()}
 
 
 def raise_first(error: UserError | None) -> None:

@@ -25,7 +25,7 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.models.rows import last_logits
 from esi_ds.zero import memory, runtime
-from esi_ds.zero.checkpoint import Parts
+from esi_ds.zero.checkpoint import TensorParts
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.gradients import ReducedGradients, take_gradient
 from esi_ds.zero.tuner import STATE, NotFinite, Rule, Tuner
@@ -282,7 +282,7 @@ class SparseTuner(Tuner):
                 weight.index_copy_(0, positions, values)
         self.model.publish()
 
-    def saved(self) -> Parts:
+    def saved(self) -> TensorParts:
         return {
             f"{name}/{key}": [(first, values[where]) for first, where in parts]
             for name, parts in self._parts.items()

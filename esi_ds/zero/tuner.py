@@ -16,7 +16,7 @@ from esi_ds.core.loss import IGNORED
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.zero import runtime
-from esi_ds.zero.checkpoint import Parts
+from esi_ds.zero.checkpoint import TensorParts
 from esi_ds.zero.engine import ShardedModel
 
 STATE = ("master", "exp_avg", "exp_avg_sq")  # fp32 tensors of the optimizer, as a checkpoint names them
@@ -73,7 +73,7 @@ class Tuner(ABC):
         """One update; returns the norm of the trained gradient before clipping. Raises NotFinite before any change."""
 
     @abstractmethod
-    def saved(self) -> Parts:
+    def saved(self) -> TensorParts:
         """The live tensors of a checkpoint, keyed ``<parameter>/<state>``, such as ``<parameter>/exp_avg``."""
 
     @abstractmethod

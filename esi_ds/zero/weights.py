@@ -165,10 +165,11 @@ class PartsReader:
             for pattern, rows in group.collected_tensors.items():
                 group.collected_tensors[pattern] = rows[first:last]
         prefix = self._model.base_model_prefix
-        for made, result in group.convert(name, model=self._model, config=self._model.config).items():
-            values = result[0] if isinstance(result, list) else result
+        for loaded_name, tensors in group.convert(name, model=self._model, config=self._model.config).items():
+            values = tensors[0] if isinstance(tensors, list) else tensors
             whole = tuple(values.shape) if num_rows is None else (num_rows, *values.shape[1:])
-            yield f"{prefix}.{made}" if f"{prefix}.{made}" in self._targets else made, Converted(values, low, whole)
+            full_name = f"{prefix}.{loaded_name}"
+            yield full_name if full_name in self._targets else loaded_name, Converted(values, low, whole)
 
     def _fill(self, name: str, target: Tensor, value: Weight | Converted) -> None:
         if value.shape != (shape := whole_shape(target)):

@@ -32,7 +32,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "shuffled judge": {"judge": SHUFFLED},
 }
 KEYS = ("model", "prompts", "judge", "estimator", "criterion")
-Place = tuple[str, str | None]  # role, third
+Region = tuple[str, str | None]  # role, third
 Measure = Literal["mask", "statistic"]
 MEASURES: tuple[Measure, ...] = ("mask", "statistic")
 AGAINST_CONTROL = ("specific", "excess")  # where.against_control of study/real.yaml
@@ -95,24 +95,24 @@ def ratios(row: TableRow, control: TableRow, key: Measure, seeds: Sequence[Seque
     return [share / other if other else math.inf for share, other in pairs if share or other]
 
 
-def places_of(objective: WhereTable | None) -> dict[Place, TableRow]:
+def regions_of(objective: WhereTable | None) -> dict[Region, TableRow]:
     """(role, third) → row of a table."""
     return {(row["role"], row["third"]): row for row in objective["rows"]} if objective else {}
 
 
 def ratios_to_draws(
-    objective: WhereTable, draws: Sequence[WhereTable], place: Place, key: Measure
+    objective: WhereTable, draws: Sequence[WhereTable], region: Region, key: Measure
 ) -> list[list[float]]:
-    """``ratios`` of a place to every draw of a control."""
-    row = places_of(objective)[place]
-    return [ratios(row, places_of(draw)[place], key, (objective["seeds"], draw["seeds"])) for draw in draws]
+    """``ratios`` of a region to every draw of a control."""
+    row = regions_of(objective)[region]
+    return [ratios(row, regions_of(draw)[region], key, (objective["seeds"], draw["seeds"])) for draw in draws]
 
 
 def compared(objective: WhereTable, controls: Mapping[str, Sequence[WhereTable]]) -> list[list[str]]:
     """One line a role and third: shares, ratios to every control, and whether all ratios of all seeds and draws
     agree."""
     lines = []
-    for (role, third), row in places_of(objective).items():
+    for (role, third), row in regions_of(objective).items():
         line = [role, third or "–", f"{100 * row['weights']:.1f}"]
         line += [spread(densities(row)), spread([100 * share for share in row["statistic"]], digits=1)]
         all_ratios: list[float] = []
@@ -141,21 +141,21 @@ def main_table(tables: WhereTables, model: str) -> str:
 def other_table(tables: WhereTables, model: str, others: Sequence[tuple[str, str]]) -> str:
     """Times chance by role and third of the other estimators and criteria, and the ratio to each on benign prompts."""
     columns = [(name, criterion, tables.of(model, estimator=name, criterion=criterion)) for name, criterion in others]
-    places = places_of(tables.of(model))
-    if not places:
+    regions = regions_of(tables.of(model))
+    if not regions:
         return f"{NOT_RUN}\n"
-    head, lines = ["role", "third"], [[role, third or "–"] for role, third in places]
+    head, lines = ["role", "third"], [[role, third or "–"] for role, third in regions]
     for estimator, criterion, objective in columns:
         # A criterion against a control has been divided by one already, and no cell makes it of another.
         compared_with = () if criterion in AGAINST_CONTROL else ("benign prompts", "shuffled judge")
         head += [f"{criterion}, {estimator}", *(f"÷ {name}" for name in compared_with)]
         controls = tables.controls(model, estimator=estimator, criterion=criterion)
-        for line, where in zip(lines, places, strict=True):
-            line.append(spread(densities(places_of(objective)[where])) if objective else NOT_RUN)
+        for line, region in zip(lines, regions, strict=True):
+            line.append(spread(densities(regions_of(objective)[region])) if objective else NOT_RUN)
             for name in compared_with:
                 draws = controls[name] if objective else []
                 line.append(
-                    spread(*ratios_to_draws(objective, draws, where, "mask")) if objective and draws else NOT_RUN
+                    spread(*ratios_to_draws(objective, draws, region, "mask")) if objective and draws else NOT_RUN
                 )
     return table(head, lines)
 
@@ -169,10 +169,10 @@ def draws_table(tables: WhereTables, model: str) -> str:
     for draw in draws:
         line = [(draw["judge"] or "").removeprefix(SHUFFLED).lstrip("-") or "0", ", ".join(map(str, draw["seeds"]))]
         for third in THIRDS:
-            place = (ALL_ROLES, third)
+            region = (ALL_ROLES, third)
             line += [
-                spread(densities(places_of(draw)[place])),
-                spread(*ratios_to_draws(objective, [draw], place, "mask")),
+                spread(densities(regions_of(draw)[region])),
+                spread(*ratios_to_draws(objective, [draw], region, "mask")),
             ]
         lines.append(line)
     return table(["draw", "seeds", *(f"{third}{what}" for third in THIRDS for what in ("", ", ESI ÷ it"))], lines)

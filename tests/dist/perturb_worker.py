@@ -46,19 +46,19 @@ def run_case(case: dict) -> None:
     if case.get("drop") == "publish":
         ShardedModel.publish = lambda self: None
     tensors = {"before": logits(model)}
-    digest = perturb.weights_digest(model)
+    digest = perturb.partitioned_bits_digest(model)
     with perturb.perturbed(model, selected, sigma, case["noise"], case["seed"]):
         tensors["inside"] = logits(model)
         ShardedModel.publish = kept
         tensors |= {f"inside/{name}": values for name, values in whole(model).items()}
-        assert perturb.weights_digest(model) != digest
-    assert perturb.weights_digest(model) == digest
+        assert perturb.partitioned_bits_digest(model) != digest
+    assert perturb.partitioned_bits_digest(model) == digest
     try:
         with perturb.perturbed(model, selected, sigma, 7.0, 1):
             raise KeyError("an error inside")
     except KeyError:
         pass
-    assert perturb.weights_digest(model) == digest
+    assert perturb.partitioned_bits_digest(model) == digest
     tensors["after"] = logits(model)
     tensors |= {f"after/{name}": values for name, values in whole(model).items()}
     if runtime.is_main():

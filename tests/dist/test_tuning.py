@@ -151,29 +151,26 @@ def cases(folder: Path, ranks: int) -> list[dict]:
     zero = PERSIST if ranks == 2 else None
     for stage in ("set", "spa"):
         listed.append({**make(f"{tag}-long-{stage}", "needle", stage, zero=zero, **long), "poison": "frozen"})
-    if ranks == 2:
-        listed += [
-            {**make(f"{tag}-nan-{stage}", "llama", stage), "poison": "trained", "error": f"gradient of step 1 {named}"}
-            for stage, named in (("set", "is not finite (rank 1: row "), ("spa", "is not finite (rank 1: row "))
-        ]
-        listed.append(
-            {
-                **make(f"{tag}-loss", "llama", "set", save_every=1),
-                "poison": "loss",
-                "error": "the loss of step 3 is not finite (rank 1: row ",
-            }
-        )
-        listed.append(
-            {
-                **make(f"{tag}-drop-mask", "llama", "spa", clip=0.05),
-                "drop": "mask",
-                "poison": "frozen",
-                "error": "the gradient of step 1 is not finite",
-            }
-        )
-        no_gradient = {"detached": True, "error": "has no gradient: none reaches its embeddings"}
-        listed += [{**make(f"{tag}-detached-{stage}", "llama", stage), **no_gradient} for stage in ("set", "spa")]
-    return listed
+    return listed + (failing_cases(folder, tag) if ranks == 2 else [])
+
+
+def failing_cases(folder: Path, tag: str) -> list[dict]:
+    """Runs that end with an error."""
+    make = partial(case, folder)
+    no_gradient = {"detached": True, "error": "has no gradient: none reaches its embeddings"}
+    named = "is not finite (rank 1: row "
+    nan = {"poison": "trained", "error": f"gradient of step 1 {named}"}
+    drop = {"drop": "mask", "poison": "frozen", "error": "the gradient of step 1 is not finite"}
+    return [
+        *({**make(f"{tag}-nan-{stage}", "llama", stage), **nan} for stage in ("set", "spa")),
+        {
+            **make(f"{tag}-loss", "llama", "set", save_every=1),
+            "poison": "loss",
+            "error": f"the loss of step 3 {named}",
+        },
+        {**make(f"{tag}-drop-mask", "llama", "spa", clip=0.05), **drop},
+        *({**make(f"{tag}-detached-{stage}", "llama", stage), **no_gradient} for stage in ("set", "spa")),
+    ]
 
 
 def test_every_key_has_another_value_in_some_case(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from esi_ds.core.batch import Rows, right_pad
+from esi_ds.core.batch import TokenRows, right_pad
 from esi_ds.core.units import Parameter
 from esi_ds.models.folder import ModelSource, stored_weights
 from esi_ds.models.meta import meta_model, meta_parameters
@@ -83,7 +83,7 @@ def rows(model: PreTrainedModel) -> str:
     """A row alone, without a mask, against the same row right-padded beside another one, as everything but generation
     reads it."""
 
-    def read(batch: Rows, first: int = FIRST) -> list[Tensor]:
+    def read(batch: TokenRows, first: int = FIRST) -> list[Tensor]:
         padded = right_pad(batch, 0, "cpu")
         with torch.no_grad():
             logits = last_logits(model, padded, padded["input_ids"].shape[1] - first)
@@ -127,7 +127,7 @@ def answer_alone(model: PreTrainedModel, ids: list[int], num_tokens: int) -> lis
     return model.generate(input_ids=torch.tensor([ids]), generation_config=settings)[0, len(ids) :].tolist()
 
 
-def together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, prompts: Rows, num_tokens: int) -> list[str]:
+def together(model: ShardedModel, tokenizer: PreTrainedTokenizerBase, prompts: TokenRows, num_tokens: int) -> list[str]:
     """Answers in batches of two, where they may share one."""
     lengths = {number: len(ids) for number, ids in enumerate(prompts)}
     batches, _ = choose_batches(model, tokenizer, lengths, 2, "gathered", num_tokens)

@@ -1,4 +1,4 @@
-"""The config: what ships loads, what is wrong is named, what is resolved loads back; and who imports whom."""
+"""The config: what ships loads, what is wrong is named, what is resolved loads back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from import_boundaries import circles, import_graph, violations
 
 from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
@@ -138,12 +137,6 @@ def test_overrides_reach_any_depth(tmp_path: Path) -> None:
     file.write_text("run: {output_dir: x\n")
     with pytest.raises(UserError, match="line 2"):
         load_config(str(file), [])
-
-
-def test_import_boundaries() -> None:
-    assert violations() == []
-    assert circles(import_graph()) == []
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["import circle: b → c → b", "import circle: c → b → c"]
 
 
 def test_folders_are_replaced_whole_and_lines_survive_a_tear(tmp_path: Path) -> None:

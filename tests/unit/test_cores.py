@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from esi_ds import launch_environment
-from esi_ds.cores import Affinity, Share, describe, near_gpu, parse, share
+from esi_ds.cores import Affinity, CoreShare, describe, near_gpu, parse, share
 from esi_ds.zero import runtime
 
 NODES = {0: "0-3,8-11", 1: "4-7,12-15"}  # two sockets of four cores, two hardware threads each
@@ -43,7 +43,7 @@ def write_gpu(system: Path, address: str, node: int, cores: str) -> None:
     (folder / "local_cpulist").write_text(f"{cores}\n")
 
 
-def shares(ranks: list[Affinity], system: Path) -> list[Share]:
+def shares(ranks: list[Affinity], system: Path) -> list[CoreShare]:
     return [share(ranks, rank, system) for rank in range(len(ranks))]
 
 
@@ -82,14 +82,14 @@ def test_ranks_without_a_known_gpu_divide_all_cores(system: Path) -> None:
         (2, 3, 10, 11),
         (4, 5, 12, 13),
     ]
-    assert shares([Affinity("a", (0, 8))] * 3, system) == [Share((0, 8), 1)] * 3  # more ranks than cores
+    assert shares([Affinity("a", (0, 8))] * 3, system) == [CoreShare((0, 8), 1)] * 3  # more ranks than cores
 
 
 def test_what_somebody_has_bound_stays(system: Path) -> None:
     near = near_gpu("0000:86:00.0", system)
     # numactl or Slurm: other cores on each rank, even away from its GPU.
     bound = [Affinity("a", (0, 1, 8, 9), near), Affinity("a", (4, 12), near)]
-    assert shares(bound, system) == [Share((0, 1, 8, 9), 2), Share((4, 12), 1)]
+    assert shares(bound, system) == [CoreShare((0, 1, 8, 9), 2), CoreShare((4, 12), 1)]
     # A whole job on some cores: its ranks divide these, near their GPUs if any of them are.
     job = tuple(parse("0-1,4-5,8-9,12-13"))
     ranks = [Affinity("a", job, near_gpu(address, system)) for address in ("0000:1a:00.0", "0000:86:00.0")]
@@ -101,15 +101,15 @@ def test_what_somebody_has_bound_stays(system: Path) -> None:
 def test_a_rank_alone(system: Path) -> None:
     """On all cores of the host it takes those near its GPU; some of them were chosen for it."""
     near = near_gpu("0000:86:00.0", system)
-    assert share([Affinity("a", ALL, near)], 0, system) == Share(near, 4)
-    assert share([Affinity("a", ALL)], 0, system) == Share(ALL, 8)
-    assert share([Affinity("a", (0, 1, 4, 8, 9, 12), near)], 0, system) == Share((0, 1, 4, 8, 9, 12), 3)
+    assert share([Affinity("a", ALL, near)], 0, system) == CoreShare(near, 4)
+    assert share([Affinity("a", ALL)], 0, system) == CoreShare(ALL, 8)
+    assert share([Affinity("a", (0, 1, 4, 8, 9, 12), near)], 0, system) == CoreShare((0, 1, 4, 8, 9, 12), 3)
 
 
 def test_without_a_system_that_tells(tmp_path: Path) -> None:
-    assert shares([Affinity("a", (0, 1, 2, 3), (0, 1))] * 2, tmp_path) == [Share((0,), 1), Share((1,), 1)]
-    assert shares([Affinity("a", (0, 1, 2, 3))] * 2, tmp_path) == [Share((0, 1), 2), Share((2, 3), 2)]
-    assert share([Affinity("a", (0, 1), (0,))], 0, tmp_path) == Share((0, 1), 2)
+    assert shares([Affinity("a", (0, 1, 2, 3), (0, 1))] * 2, tmp_path) == [CoreShare((0,), 1), CoreShare((1,), 1)]
+    assert shares([Affinity("a", (0, 1, 2, 3))] * 2, tmp_path) == [CoreShare((0, 1), 2), CoreShare((2, 3), 2)]
+    assert share([Affinity("a", (0, 1), (0,))], 0, tmp_path) == CoreShare((0, 1), 2)
 
 
 @pytest.mark.parametrize(

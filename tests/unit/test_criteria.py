@@ -206,7 +206,7 @@ def test_a_control_without_any_gradient_is_refused_whatever_the_criterion(monkey
     monkeypatch.setattr(control, "unit_means", lambda *_: means)
     model = SimpleNamespace(scored=[])
     with pytest.raises(UserError, match="control.rows.path = rows.jsonl: gives no weight a gradient"):
-        control.Control(model, {}, {}, True, "control.rows.path", "rows.jsonl")  # type: ignore[arg-type]
+        control.ControlGradients(model, {}, {}, True, "control.rows.path", "rows.jsonl")  # type: ignore[arg-type]
 
 
 def test_contrast_divides_and_refuses_division_by_zero() -> None:

@@ -23,7 +23,7 @@ from esi_ds.data.thoughts import (
     NO_THOUGHT,
     UNFINISHED,
     final_answer,
-    judged_text,
+    judged_response,
     marks_with,
     parts,
     spans_in_text,
@@ -85,7 +85,7 @@ def test_several_thoughts_stand_where_they_were() -> None:
         ("trace", "a\n\nb"),
         ("both", "a\n\nOne. \n\nb\n\nTwo. Three."),
     ):
-        read = judged_text(response, parts(response), reads)
+        read = judged_response(response, parts(response), reads)
         assert read is not None and read.text == text
         characters = spans_in_text([(i, i + 1) for i in range(len(response))], read.pieces)
         for piece in read.pieces:

@@ -40,7 +40,7 @@ from esi_ds.eval.coherence import EMPTY, incoherence
 from esi_ds.eval.endpoint import Reply
 from esi_ds.eval.fluency import surprises
 from esi_ds.eval.refusals import REFUSAL_LISTS, is_refusal, judge_by_words, refused
-from esi_ds.eval.rubric import Question, read_verdict
+from esi_ds.eval.rubric import RubricQuestion, read_verdict
 from esi_ds.eval.tables import answer_measures
 from esi_ds.eval.verdicts import text_to_judge
 from esi_ds.judge.alignment import alignment_weights
@@ -293,7 +293,7 @@ def test_models_and_rubrics_judge_the_answer() -> None:
 
 
 def test_a_judge_s_own_thoughts_are_not_its_verdict() -> None:
-    question = Question("", "0123")
+    question = RubricQuestion("", "0123")
     thought = "<think>It might be\n#thescore: 1\n"
     assert read_verdict(Reply(thought + "</think>\n#thescore: 5", None), question, COMPLIES).score == 5.0
     assert read_verdict(Reply(thought + "</think>", None), question, COMPLIES).unsafe is None

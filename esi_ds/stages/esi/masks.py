@@ -23,7 +23,7 @@ from esi_ds.report.tables import overlap
 from esi_ds.stages.esi.prepare import EsiInputs
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
-from esi_ds.zero.control import Control
+from esi_ds.zero.control import ControlGradients
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import write_mask, write_scores
 from esi_ds.zero.score import (
@@ -46,7 +46,8 @@ class SharedGradients:
     """The mean gradients of all passes, and the scores that each criterion makes of them.
 
     accumulated: by objective; the sums are overwritten. Collectives: those of ``unit_sigmas``, with a control of
-    ``Control`` and, if contrastive, of ``contrast_denominators``. Raises UserError where a control gives no gradient.
+    ``ControlGradients`` and, if contrastive, of ``contrast_denominators``. Raises UserError where a control gives no
+    gradient.
     """
 
     def __init__(self, config: Config, model: ShardedModel, accumulated: Mapping[str, Accumulated]):
@@ -56,16 +57,16 @@ class SharedGradients:
         if config.select.contrastive:
             roots = {name: mean.sqrt_() for name, mean in self._means.pop("benign").items()}
             self._denominators = contrast_denominators(model, roots)
-        self._control: Control | None = None
+        self._control: ControlGradients | None = None
         if config.control is not None:
             means, is_loss = self._means.pop("control"), config.control.rows is not None
-            self._control = Control(model, means, self.sigma, is_loss, *config.control.origin)
+            self._control = ControlGradients(model, means, self.sigma, is_loss, *config.control.origin)
 
     def scores(self, criterion: Criterion) -> Scores:
         """The criterion's scores. To be asked in the order of the criteria, once each: the last that reads a gradient
         takes its place.
 
-        Collectives: those of ``Control.relate`` for a criterion with a control, if contrastive those of
+        Collectives: those of ``ControlGradients.relate`` for a criterion with a control, if contrastive those of
         ``contrast_scores``, and of ``normalise_by_matrix`` where the config says so. Raises UserError where one of them
         divides by 0.
         """
@@ -135,19 +136,19 @@ def make_masks(
                 unit.update(control)
     pairs = list(combinations(range(len(packed)), 2))
     local = [
-        sum(int(np.bitwise_count(a & b).sum()) for a, b in zip(packed[one], packed[other], strict=True))
-        for one, other in pairs
+        sum(int(np.bitwise_count(a & b).sum()) for a, b in zip(packed[first], packed[second], strict=True))
+        for first, second in pairs
     ]
     counts = runtime.all_reduce_sum(torch.tensor(local, dtype=torch.int64)).tolist() if pairs else []
     selections = [report["selection"] for report in reports]
     return reports, [
         overlap(
-            (selections[one]["criterion"], selections[other]["criterion"]),
-            (selections[one]["k"], selections[other]["k"]),
+            (selections[first]["criterion"], selections[second]["criterion"]),
+            (selections[first]["k"], selections[second]["k"]),
             both,
-            selections[one]["scored_numel"],
+            selections[first]["scored_numel"],
         )
-        for (one, other), both in zip(pairs, counts, strict=True)
+        for (first, second), both in zip(pairs, counts, strict=True)
     ]
 
 

@@ -39,12 +39,12 @@ from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
     UNFINISHED,
-    JudgedText,
+    JudgedResponse,
     Marks,
-    Parts,
     Piece,
+    ResponseParts,
     Span,
-    judged_text,
+    judged_response,
     mark_strings,
     marks_with,
     opening_mark,
@@ -317,7 +317,7 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
     if all(number is None for _, number in pairs):
         return _own_prompts(section, rows, answered, f"{path} answers none of the prompts of data.prompts")
     indices, numbers = [index for index, _ in pairs], [number for _, number in pairs]
-    unanswered = {place: MISSING for place, number in enumerate(numbers) if number is None}
+    unanswered = {prompt_number: MISSING for prompt_number, number in enumerate(numbers) if number is None}
     remarks = [*answered.remarks]
     if num_unused:
         remarks.append(
@@ -398,8 +398,8 @@ class CleanResponse:
     read: what the judge reads; None: the response ends within a thought."""
 
     text: str
-    parts: Parts
-    read: JudgedText | None
+    parts: ResponseParts
+    read: JudgedResponse | None
 
     @property
     def answer(self) -> list[Span] | None:
@@ -425,7 +425,7 @@ def clean_responses(
     return [response for response, _ in cleaned], sum(count for _, count in cleaned)
 
 
-def _clean_response(response: str, response_parts: Parts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
+def _clean_response(response: str, response_parts: ResponseParts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
     specials = inputs.specials
     if response_parts.answer is None:
         text, total = break_up(response, specials)
@@ -443,8 +443,8 @@ def _clean_response(response: str, response_parts: Parts, inputs: PromptInputs) 
         text, total, position = text + before + part, total + num_before + num_in_part, end
         if is_trace is not None:
             moved[is_trace].append((len(text) - len(part), len(text)))
-    clean = Parts(moved[True], moved[False])
-    return CleanResponse(text, clean, judged_text(text, clean, inputs.reads)), total
+    clean = ResponseParts(moved[True], moved[False])
+    return CleanResponse(text, clean, judged_response(text, clean, inputs.reads)), total
 
 
 def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[Prompt]) -> list[list[int] | str]:
@@ -474,7 +474,7 @@ def encode_examples(
         if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED
             continue
-        read = response.read or JudgedText(response.text, [Piece(0, len(response.text), 0, False)])
+        read = response.read or JudgedResponse(response.text, [Piece(0, len(response.text), 0, False)])
         # The model's tokens outside of these pieces have no characters in what is judged, and no part in its gradient.
         pieces = read.pieces if inputs.trace_gradient else [piece for piece in read.pieces if not piece.is_trace]
         if not any(response.text[piece.start : piece.end].strip() for piece in pieces) or not encoded.ids:
@@ -498,7 +498,7 @@ def encode_examples(
     return examples, excluded
 
 
-def _outside_answer(spans: Sequence[Span], response_parts: Parts) -> list[int]:
+def _outside_answer(spans: Sequence[Span], response_parts: ResponseParts) -> list[int]:
     """Which tokens, by their spans in the response, lie outside of its answer; none where nothing else is there."""
     answer = response_parts.answer or []
     if not response_parts.trace:

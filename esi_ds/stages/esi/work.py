@@ -187,13 +187,13 @@ class EsiRun(StageRun[EsiInputs]):
     def _none_usable(self, inputs: PromptInputs, responses: Sequence[str], excluded: dict[int, str]) -> UserError:
         """The error, behind ``responses.jsonl`` with the reasons. A file of responses has the rows already, and nothing
         is written: once it is corrected, the folder may be used again."""
-        place = f"{inputs.prefix}{NAME} in the run folder"
+        responses_name = f"{inputs.prefix}{NAME} in the run folder"
         if inputs.data.responses is None:
             self._write_responses(inputs, responses, {}, excluded)
         else:
-            place = f"the rows of {inputs.data.source['responses']}"
+            responses_name = f"the rows of {inputs.data.source['responses']}"
         reasons, number = "; ".join(sorted(set(excluded.values()))), counted(len(responses), "prompt")
-        return UserError(inputs.field, number, f"none can be used ({reasons})", f"look at {place}")
+        return UserError(inputs.field, number, f"none can be used ({reasons})", f"look at {responses_name}")
 
     def _write_responses(
         self, inputs: PromptInputs, responses: Sequence[str], scores: dict[int, float], excluded: dict[int, str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from esi_ds.config import Config
 from esi_ds.config.needs import require_eval
@@ -134,6 +134,30 @@ def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequen
     return opening is None and closes_unopened(response, marks_of(row))
 
 
+def _waiting_rows(
+    name: str,
+    sets: Sequence[QuestionSet],
+    answers: Ledger[AnswerRow],
+    config: Config,
+    reasons: Mapping[tuple[str, int], str],
+) -> list[AnswerRow]:
+    """The rows to generate. Those that ``answers`` lacks and ``reasons`` excludes are added to it."""
+    section = require_eval(config)
+    asked = Asked(config.model, section.max_new_tokens, section.sampling).as_row()
+    waiting = []
+    for row in unanswered_rows(name, sets, section.samples):
+        if changes_the_prompt(asked):
+            row["asked"] = asked
+        row["excluded"] = reasons.get((row["set"], row["index"]))
+        if answers.key(row) in answers.rows:
+            continue
+        if row["excluded"] is not None:
+            answers.add([row])
+        else:
+            waiting.append(row)
+    return waiting
+
+
 def answer_all(
     model: ShardedModel,
     name: str,
@@ -149,20 +173,9 @@ def answer_all(
     Data-parallel over ranks. Collectives: those of generation, and one gather of texts per batch. Raises Interrupted.
     """
     section = require_eval(config)
-    limit, length = candidate.max_positions, section.max_new_tokens
-    waiting: list[AnswerRow] = []
-    prompt_ids, reasons = answerable(candidate.prompt_ids, length, limit)
-    asked = Asked(config.model, length, section.sampling).as_row()
-    for row in unanswered_rows(name, sets, section.samples):
-        if changes_the_prompt(asked):
-            row["asked"] = asked
-        row["excluded"] = reasons.get((row["set"], row["index"]))
-        if answers.key(row) in answers.rows:
-            continue
-        if row["excluded"] is not None:
-            answers.add([row])
-        else:
-            waiting.append(row)
+    length = section.max_new_tokens
+    prompt_ids, reasons = answerable(candidate.prompt_ids, length, candidate.max_positions)
+    waiting = _waiting_rows(name, sets, answers, config, reasons)
 
     def keep(responses: dict[int, str]) -> None:
         rows = [waiting[number] for number in responses]

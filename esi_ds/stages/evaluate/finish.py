@@ -12,7 +12,7 @@ from esi_ds.eval.rows import TaskResultRow, TaskRow, TaskSummary, answer_key
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
 from esi_ds.report.contents import EvaluationReport, Facts, RateTables, SampleAnswer, SamplePrompt
 from esi_ds.report.evaluation import closing_table, publish
-from esi_ds.stages.evaluate.ledgers import Outcome
+from esi_ds.stages.evaluate.ledgers import EvalOutcome
 from esi_ds.stages.evaluate.prepare import BASE, Candidate, EvalInputs
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
@@ -22,7 +22,7 @@ NUM_SAMPLES = 4  # of each set
 
 def finish_eval(
     run: StageRun[EvalInputs],
-    outcome: Outcome,
+    outcome: EvalOutcome,
     tasks: Sequence[TaskRow],
 ) -> None:
     """Write the report, publish it and print the closing tables. Only rank 0 does anything; no collectives."""
@@ -54,7 +54,7 @@ def finish_eval(
     run.show(report, publish, closing_table)
 
 
-def measures_of(inputs: EvalInputs, outcome: Outcome, seed: int) -> list[Measure]:
+def measures_of(inputs: EvalInputs, outcome: EvalOutcome, seed: int) -> list[Measure]:
     """What is counted of the answers, for every model and set. seed: of the bootstrap intervals."""
     kinds = {question_set.name: question_set.kind for question_set in inputs.sets}
     judges = [judge.name for judge in inputs.judges]
@@ -86,7 +86,7 @@ def without_documents(result: TaskResultRow) -> TaskSummary:
     return summary
 
 
-def samples(inputs: EvalInputs, outcome: Outcome) -> list[SamplePrompt]:
+def samples(inputs: EvalInputs, outcome: EvalOutcome) -> list[SamplePrompt]:
     """The first prompts of every set, with every model's (first) answer and every judge's verdict on it."""
     by_key = {answer_key(row): row for row in outcome.answers}
     first = (0,) if inputs.section.samples > 1 else ()

@@ -21,7 +21,7 @@ from esi_ds.tracking import Tracker
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvalOutcome:
     """Everything an evaluation's tables count, but for tasks."""
 
     answers: list[AnswerRow]  # in the order of the tables
@@ -63,7 +63,7 @@ class EvalLedgers:
         config: Config,
         deepspeed_config: dict[str, Any],
         tracker: Tracker,
-    ) -> Outcome:
+    ) -> EvalOutcome:
         """Sort the answers of the models ``names`` and let every judge judge those to harmful prompts.
 
         Collectives: those of ``judge_all``. Raises Interrupted.
@@ -81,4 +81,4 @@ class EvalLedgers:
         judged = [row for row in answers if row["set"] in inputs.harmful_sets]
         usage = judge_all(inputs.judges, judged, self.verdicts, config, deepspeed_config, tracker)
         self.verdicts.sort(verdict_key(judge, row) for judge in inputs.judges for row in judged)
-        return Outcome(answers, self.verdicts.rows, self.surprises.rows, divergences, usage)
+        return EvalOutcome(answers, self.verdicts.rows, self.surprises.rows, divergences, usage)

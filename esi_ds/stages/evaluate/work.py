@@ -33,7 +33,7 @@ from esi_ds.zero.engine import load_replicated, load_sharded
 TASKS = "tasks.jsonl"
 
 
-def joined(fingerprints: Mapping[str, str]) -> str:
+def combined_fingerprint(fingerprints: Mapping[str, str]) -> str:
     """One fingerprint for several models, by name."""
     return hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
 
@@ -65,7 +65,7 @@ class EvalRun(StageRun[EvalInputs]):
 
     def known_fingerprint(self) -> str:
         """Of all models together. A gather a model."""
-        return joined(self._fingerprints)
+        return combined_fingerprint(self._fingerprints)
 
     def check_models(self, fingerprint: str) -> None:
         self.folder.check_same(
@@ -76,7 +76,7 @@ class EvalRun(StageRun[EvalInputs]):
     def work(self) -> None:
         inputs, tracker = self.inputs, self.tracker
         self.notes = {"model_fingerprints": self._fingerprints}
-        self.begin_with(joined(self._fingerprints))
+        self.begin_with(combined_fingerprint(self._fingerprints))
         self._check_room_for_tasks()
         for question_set in inputs.sets:
             row = question_set.as_row()

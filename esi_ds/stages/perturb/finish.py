@@ -10,7 +10,7 @@ from esi_ds.report.contents import CurveRow, PerturbationReport
 from esi_ds.report.perturbation import closing_table, publish
 from esi_ds.report.sentences import mask_bits
 from esi_ds.stages.evaluate.finish import facts, measures_of, rate_tables
-from esi_ds.stages.evaluate.ledgers import Outcome
+from esi_ds.stages.evaluate.ledgers import EvalOutcome
 from esi_ds.stages.perturb.prepare import CLEAN, NoiseCell, PerturbInputs
 from esi_ds.stages.run import StageRun
 from esi_ds.zero import runtime
@@ -25,7 +25,7 @@ class RestoredCells:
     num_checked: int  # cells after which the digest was compared
 
 
-def finish_perturb(run: StageRun[PerturbInputs], outcome: Outcome, restored: RestoredCells) -> None:
+def finish_perturb(run: StageRun[PerturbInputs], outcome: EvalOutcome, restored: RestoredCells) -> None:
     """Write the report, publish it and print the closing table. Only rank 0 does anything; no collectives."""
     if not runtime.is_main():
         return

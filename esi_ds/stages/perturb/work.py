@@ -29,7 +29,7 @@ from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
 from esi_ds.zero.files import read_scores
 from esi_ds.zero.generate import choose_mode, may_stand_together, ready_to_generate
-from esi_ds.zero.perturb import perturbed, positions, weights_digest
+from esi_ds.zero.perturb import partitioned_bits_digest, perturbed, positions
 from esi_ds.zero.score import Scores, select_weights, unit_sigmas
 
 FIELD = "perturb.mask"
@@ -102,11 +102,12 @@ class PerturbRun(StageRun[PerturbInputs]):
         """Disturb, answer and restore for every cell that lacks answers.
 
         If the run was killed between a cell's last answer and the check of the weights, the cell is disturbed and
-        restored again. Collectives: those of scoring, ``answer_all`` and ``weights_digest``. Raises Interrupted.
+        restored again. Collectives: those of scoring, ``answer_all`` and ``partitioned_bits_digest``. Raises
+        Interrupted.
         """
         inputs, tracker = self.inputs, self.tracker
         sets, section = inputs.eval.sets, inputs.eval.section
-        digest, sigma = weights_digest(model), unit_sigmas(model)
+        digest, sigma = partitioned_bits_digest(model), unit_sigmas(model)
         checked: Ledger[RestoredRow] = Ledger(self.folder.path / RESTORED, ("cell",), RestoredRow)
         counts: dict[str, int] = {}
         for number, cell in enumerate(inputs.cells, 1):
@@ -118,7 +119,7 @@ class PerturbRun(StageRun[PerturbInputs]):
             tracker.log(f"cell {number} of {len(inputs.cells)}: {cell.name}, {counted(counts[cell.name], 'weight')}")
             with perturbed(model, selected, sigma, cell.noise, cell.seed):
                 answer_all(model, cell.name, inputs.candidate, sets, answers, self.config, batch, tracker)
-            if weights_digest(model) != digest:
+            if partitioned_bits_digest(model) != digest:
                 raise RuntimeError(f"the weights are not what they were before {cell.name}")
             checked.add([{"cell": cell.name, "restored": True}])
         return RestoredCells(digest, counts, len(checked.rows))

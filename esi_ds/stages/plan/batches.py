@@ -27,7 +27,7 @@ from esi_ds.words import counted
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowsAtATime:
     """Rows that a rank takes at a time. is_auto: chosen from the memory of the planned GPU. on_cpus: what a run without
     GPUs would take, where that is something else."""
 
@@ -55,14 +55,14 @@ def generation_rows(
     settings: Mapping[str, Any],
     gpu: float,
     beside: float,
-) -> Rows:
+) -> RowsAtATime:
     """Prompts that a rank would answer at a time. Prompts are taken to be as long as answers.
 
     section: says how many, and how long answers are. weight: bytes of one. settings: of DeepSpeed. gpu: bytes of its
     memory. beside: bytes of it that something else than the model takes.
     """
     if isinstance(section.generation_batch_size, int):
-        return Rows(section.generation_batch_size, False)
+        return RowsAtATime(section.generation_batch_size, False)
     tensors, zero = gathered_tensors(parameters, ranks, expert_parallel_size(settings)), settings["zero_optimization"]
     whole = weight * sum(tensor.numel for tensor in tensors)
     free = gpu - beside - weight * sum(tensor.shard for tensor in tensors) - hpz_share(zero, ranks) * whole
@@ -75,7 +75,7 @@ def generation_rows(
     row = generation_bytes(widths(model_config), weight, section.max_new_tokens, section.max_new_tokens)
     # As ``generation_setting`` of a run says.
     on_cpus = section.batch_size if section.generation_batch_size is None and section.batch_size != "auto" else None
-    return Rows(rows_that_fit(free, row, fixed), True, on_cpus)
+    return RowsAtATime(rows_that_fit(free, row, fixed), True, on_cpus)
 
 
 def answer_rows(
@@ -86,7 +86,7 @@ def answer_rows(
     settings: Mapping[str, Any],
     gpu: float,
     beside: float = 0.0,
-) -> Rows:
+) -> RowsAtATime:
     """Prompts of ``eval`` that a rank would answer at a time; arguments as those of ``generation_rows``."""
     section, weight = require_eval(config), WEIGHT_BYTES[config.model.dtype]
     return generation_rows(section, parameters, model_config, weight, ranks, settings, gpu, beside)
@@ -97,9 +97,9 @@ class EsiBatches:
     """generation, scoring: prompts that a rank answers and scores at a time. losses: rows at a time, by objective, of
     those that are the mean loss of rows. readers: ranks that read the rows of ``data.benign``, one each at a time."""
 
-    generation: Rows
-    scoring: Rows
-    losses: Mapping[str, Rows]
+    generation: RowsAtATime
+    scoring: RowsAtATime
+    losses: Mapping[str, RowsAtATime]
     readers: int
 
 
@@ -119,12 +119,12 @@ def esi_batches(
     )
     sizes, needed = widths(model_config), footprint(work, "esi", cluster, settings)
 
-    def fitting(tokens: int, learnt: int) -> Rows:
+    def fitting(tokens: int, learnt: int) -> RowsAtATime:
         if section.batch_size != "auto":
-            return Rows(section.batch_size, False)
+            return RowsAtATime(section.batch_size, False)
         row = scoring_bytes(sizes, weight, tokens, learnt, work.recompute)
         fixed = needed.transient.total + needed.window + surrogate_bytes(sizes, learnt)
-        return Rows(rows_that_fit(gpu - needed.resident.total - needed.judge, row, fixed), True)
+        return RowsAtATime(rows_that_fit(gpu - needed.resident.total - needed.judge, row, fixed), True)
 
     lengths = {name: section.max_length for name, (_, section) in loss_sections(config).items() if name != "benign"}
     losses = {name: fitting(longest, longest) for name, longest in lengths.items()}

@@ -24,7 +24,7 @@ from esi_ds.report.contents import Facts
 from esi_ds.stages.evaluate.prepare import BASE, WHOLE_MODEL, WITHOUT_TASKS, EvalInputs, RecordedModel, prepare_eval
 from esi_ds.stages.plan.batches import answer_rows
 from esi_ds.stages.plan.footprints import USABLE
-from esi_ds.stages.plan.memory import GIB, readable
+from esi_ds.stages.plan.memory import GIB, human_bytes
 from esi_ds.stages.plan.notes import count_prompts, missing_files, note_missing_tasks, read_if_reachable
 from esi_ds.stages.plan.stages import print_facts, print_notes
 from esi_ds.words import counted
@@ -154,7 +154,7 @@ def describe_model(
     ranks, gpu = options.world_size or 1, options.gpu_memory_gib * GIB
     parameters = meta_parameters(model_config, source, dtype=config.model.dtype)
     total = sum(parameter.numel for parameter in parameters)
-    whole = readable(WEIGHT_BYTES[config.model.dtype] * total)
+    whole = human_bytes(WEIGHT_BYTES[config.model.dtype] * total)
     rows = answer_rows(config, parameters, model_config, ranks, resolve_deepspeed(config, ranks, "eval"), gpu)
     against = f", compared with {before}" if before else ""
     return f"{total:,} weights, {whole} whole{against}; answers {rows}"
@@ -170,7 +170,9 @@ def too_large_for_tasks(
     gpu = options.gpu_memory_gib * GIB
     if size <= USABLE * gpu:
         return []
-    return [f"eval.tasks: {WHOLE_MODEL}: {name} takes {readable(size)} of a GPU's {readable(gpu)}; {WITHOUT_TASKS}"]
+    return [
+        f"eval.tasks: {WHOLE_MODEL}: {name} takes {human_bytes(size)} of a GPU's {human_bytes(gpu)}; {WITHOUT_TASKS}"
+    ]
 
 
 def _tasks(section: Eval) -> str:

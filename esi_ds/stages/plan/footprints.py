@@ -152,14 +152,14 @@ def _resident(
 
 def _offloaded(resident: Resident, work: Work, stage: str, zero: Mapping[str, Any]) -> tuple[Resident, float]:
     """What stays on the GPU, and the bytes that move to the host."""
-    kept = resident
+    on_gpu = resident
     if _device(zero, "offload_param") == "cpu":
-        kept = replace(kept, weights=0.0)
+        on_gpu = replace(on_gpu, weights=0.0)
     if stage == "spa" and _device(zero, "offload_optimizer") == "cpu":
-        kept = replace(kept, optimizer=0.0, gradients=0.0)
+        on_gpu = replace(on_gpu, optimizer=0.0, gradients=0.0)
     if stage == "esi" and work.sums_on_host:
-        kept = replace(kept, gradients=0.0)
-    return kept, resident.total - kept.total
+        on_gpu = replace(on_gpu, gradients=0.0)
+    return on_gpu, resident.total - on_gpu.total
 
 
 def _device(zero: Mapping[str, Any], key: str) -> str | None:

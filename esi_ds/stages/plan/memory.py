@@ -40,7 +40,7 @@ from esi_ds.words import counted
 GIB = 2**30
 
 
-def readable(size: float) -> str:
+def human_bytes(size: float) -> str:
     """Bytes in the unit that makes them a number below 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -51,7 +51,7 @@ def readable(size: float) -> str:
 
 def checkpoint_on_disk(size: float, newest: float) -> str:
     """Bytes of a run's checkpoints. newest: of the one that is written; the one before it is removed afterwards."""
-    return f"{readable(size)}, and {readable(newest)} more during a save"
+    return f"{human_bytes(size)}, and {human_bytes(newest)} more during a save"
 
 
 def topology(options: Options) -> Topology:
@@ -212,16 +212,16 @@ def _print_table(title: str, work: Work, stage: str, cluster: Topology, settings
     for label, value in ROWS:
         values = [value(stages[name]) for name in STAGES]
         if any(values):
-            lines.append((label, [readable(size) if size else "-" for size in values]))
+            lines.append((label, [human_bytes(size) if size else "-" for size in values]))
     width = max(len(label) for label, _ in lines)
     print("\n" + "\n".join(f"{label:{width}}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in lines))
     on_cpus = window_on_cpus(work, cluster, settings)
     if on_cpus != stages[stage].window:
-        print(f"on CPUs, kept for reuse and prefetch: {readable(on_cpus)}")
+        print(f"on CPUs, kept for reuse and prefetch: {human_bytes(on_cpus)}")
     largest = stages[stage].transient
     print(
-        f"largest transient of {stage.upper()}: {largest.module}, gathered weights {readable(largest.weights)}, "
-        f"gradients {readable(largest.gradient)}"
+        f"largest transient of {stage.upper()}: {largest.module}, gathered weights {human_bytes(largest.weights)}, "
+        f"gradients {human_bytes(largest.gradient)}"
     )
 
 
@@ -229,8 +229,8 @@ def _print_recommendation(
     best: Recommendation, stage: str, work: Work, cluster: Topology, model_type: str, memory: Memory
 ) -> None:
     host = cluster.per_node * best.footprint.host
-    together = f"{readable(best.footprint.together)} of a GPU's {readable(memory.gpu)} without activations"
-    together += f", {readable(host)} of a node's {readable(memory.node)}" if host else ""
+    together = f"{human_bytes(best.footprint.together)} of a GPU's {human_bytes(memory.gpu)} without activations"
+    together += f", {human_bytes(host)} of a node's {human_bytes(memory.node)}" if host else ""
     if best.fits:
         beside = f", with {best.override}" if best.override else ""
         print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")

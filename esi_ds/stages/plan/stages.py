@@ -27,8 +27,8 @@ from esi_ds.stages.plan.memory import (
     checkpoint_on_disk,
     describe_work,
     expected_trained,
+    human_bytes,
     print_bytes,
-    readable,
     topology,
 )
 from esi_ds.stages.plan.notes import count_prompts, count_responses, count_rows, missing_files
@@ -68,8 +68,8 @@ def plan(
         facts |= _loss_passes(config, world_size, batches, notes)
         facts["checkpoint on disk"] = checkpoint_on_disk(4 * num_scored * len(names), 4 * num_scored)
     if config.esi.save_scores:
-        facts["scores on disk"] = readable(len(criteria) * 4 * num_scored)
-    facts["mask on disk"] = readable(len(criteria) * sum(num_bytes(parameter.numel) for parameter in scored))
+        facts["scores on disk"] = human_bytes(len(criteria) * 4 * num_scored)
+    facts["mask on disk"] = human_bytes(len(criteria) * sum(num_bytes(parameter.numel) for parameter in scored))
     return facts
 
 
@@ -130,10 +130,10 @@ def _loss_passes(config: Config, world_size: int, batches: EsiBatches, notes: li
         is_mean = name in batches.losses
         # F is made of single rows' gradients, which must not meet in a group of ranks.
         size, readers = (batches.losses[name].number, world_size) if is_mean else (1, batches.readers)
-        who = "" if readers == world_size else ", read by one rank of each expert-parallel group"
+        read_by = "" if readers == world_size else ", read by one rank of each expert-parallel group"
         facts[f"{name} rows"] = count
         facts[f"{name} passes"] = (
-            f"{-(-count // (size * readers))} of {size} rows per rank ({size * readers} together{who}), each one "
+            f"{-(-count // (size * readers))} of {size} rows per rank ({size * readers} together{read_by}), each one "
             "forward and backward of the model"
         )
     return facts

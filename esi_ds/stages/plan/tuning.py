@@ -121,8 +121,8 @@ def _weight_facts(
         compact, scatter = "compact: one all-reduce a step", "scatter: reduce-scatter in the hooks"
         facts["gradients"] = compact if is_compact(config, total) else scatter
     # SPA's engine has masters and moments of whole parameters; SET of the trained weights.
-    kept = total if stage == "set" else sum(p.numel for p in parameters if by_parameter.get(p.name))
-    facts["checkpoint on disk"] = checkpoint_on_disk(12 * kept, 12 * kept)  # each in fp32
+    num_stored = total if stage == "set" else sum(p.numel for p in parameters if by_parameter.get(p.name))
+    facts["checkpoint on disk"] = checkpoint_on_disk(12 * num_stored, 12 * num_stored)  # each in fp32
     return facts
 
 

@@ -80,7 +80,7 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
             "benign_columns": benign.columns,
         }
     sets = load_question_sets(config.eval) if config.eval is not None else []
-    data_facts |= {f"{one.kind}:{one.name}": one.prompt_set.sha256 for one in sets}
+    data_facts |= {f"{question_set.kind}:{question_set.name}": question_set.prompt_set.sha256 for question_set in sets}
     questions = _questions(sets)
     question_ids, unanswered = _encode_questions(config, questions, tokenizer, max_positions(model_config))
     return TuningInputs(

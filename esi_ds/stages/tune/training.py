@@ -23,7 +23,7 @@ from esi_ds.words import counted
 from esi_ds.zero import checkpoint, runtime
 from esi_ds.zero.tuner import NotFinite, Tuner, summed_loss
 
-Rows = list[tuple[bool, TokenSequence]]  # whether each is benign, and its tokens
+MixedRows = list[tuple[bool, TokenSequence]]  # whether each is benign, and its tokens
 
 
 class Training:
@@ -69,7 +69,7 @@ class Training:
                 self._step()
                 bar.update(1)
 
-    def micro_batches(self) -> list[Rows]:
+    def micro_batches(self) -> list[MixedRows]:
         """This rank's part of the next step."""
         size, ranks = self.tune.batch_size, runtime.world_size()
         starts = (
@@ -77,7 +77,7 @@ class Training:
         )
         return [self._rows(start, size) for start in starts]
 
-    def _rows(self, start: int, count: int) -> Rows:
+    def _rows(self, start: int, count: int) -> MixedRows:
         """``count`` rows from a position of the data's order on."""
         numbers = [self.order[position] for position in range(start, start + count)]
         return [(is_benign, (self.benign if is_benign else self.rows)[number]) for is_benign, number in numbers]
@@ -114,7 +114,7 @@ class Training:
         if interrupted:
             raise Interrupted(f"stopped by a signal after {counted(self.step, 'step')}; start again to continue")
 
-    def _forward_backward(self, batch: Rows, learnt: int) -> float:
+    def _forward_backward(self, batch: MixedRows, learnt: int) -> float:
         """One micro-batch's share of the step's loss. learnt: learnt tokens of the whole step."""
         inputs, labels = padded([sequence for _, sequence in batch], self.pad, runtime.device())
         logits = self.tuner.forward(inputs, labels.shape[1])
@@ -128,14 +128,14 @@ class Training:
             self.step, lr=tune.lr, scheduler=tune.scheduler, max_steps=tune.max_steps, warmup_ratio=tune.warmup_ratio
         )
 
-    def _check_losses(self, losses: list[float], batches: list[Rows]) -> None:
+    def _check_losses(self, losses: list[float], batches: list[MixedRows]) -> None:
         """Refuse losses that are not finite, before anything is updated. One all-reduce."""
         bad = [row for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss) for row in batch]
         if runtime.all_reduce_max(torch.tensor([float(len(bad))])).item() > 0:
             ranks = {rank for rank, count in enumerate(runtime.gather_objects(len(bad))) if count}
             self._refuse("loss", ranks, bad)
 
-    def _refuse(self, quantity: str, ranks: set[int], rows: Rows) -> NoReturn:
+    def _refuse(self, quantity: str, ranks: set[int], rows: MixedRows) -> NoReturn:
         """Stop with an error that names the step, the ranks and their rows. One gather.
 
         ranks: those whose own ``quantity`` is not finite; if empty, all are named. rows: of this rank.
