@@ -218,7 +218,7 @@ class TunedAnswerRow(TypedDict):
 
 class RefusalRow(TypedDict):
     """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal, and a
-    response that ends within a thought is no answer."""
+    response that ends within a thought is not an answer."""
 
     set: str  # harmful or benign
     n: int  # prompts

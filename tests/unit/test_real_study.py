@@ -251,7 +251,7 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
     assert commands.ran == ["a:eval"] and record["starts"] == 2 and record["seconds"] == 13 * MINUTE
     assert "launch/set.py" in record["steps"]["set"]["command"]
     other = [Cell("where/a", "x", (Step("set", {"a": 2}), Step("eval", {"a": 1})))]
-    with pytest.raises(UserError, match="another config"):
+    with pytest.raises(UserError, match="a config other than the grid's"):
         is_done(other[0], plan.folders.output)
     with pytest.raises(UserError, match="other arguments"):
         is_done(Cell("where/a", "x", (Step("set", {"a": 1}, ("--rank", "64")),)), plan.folders.output)

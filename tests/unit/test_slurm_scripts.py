@@ -205,8 +205,8 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     (site / "e.yaml").write_text("model: {path: tune}  # eval: none, tune: none\n")
     usual = ["--runs", "runs", "--esi", "e.yaml"]
     for more, said in (
-        (["--bogus", "1"], "--bogus: is no option of this script"),
-        (["--nodes=2"], "--nodes=2: is no option of this script; see --help, and give options of sbatch after --"),
+        (["--bogus", "1"], "--bogus: is not an option of this script"),
+        (["--nodes=2"], "--nodes=2: is not an option of this script; see --help, and give options of sbatch after --"),
         (["--set"], "--set: has no value"),
         (["--seeds", ""], "--seeds: has no value; give one, or leave --seeds out"),
         (["--prompts", ""], "--prompts: has no value"),

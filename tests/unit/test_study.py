@@ -359,7 +359,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch) -> N
     prepare(tmp_path, (0,))
     prepare(tmp_path, (0, 1))
     monkeypatch.setattr(execute, "STEPS", execute.STEPS + 1)
-    with pytest.raises(UserError, match="holds cells of other steps"):
+    with pytest.raises(UserError, match="holds cells with other steps"):
         prepare(tmp_path, (0, 1, 2))
     assert not (tmp_path / "data/prompts-s2.jsonl").exists()
     kept = json.loads((tmp_path / "settings.json").read_text())
@@ -377,7 +377,7 @@ def test_a_folder_of_other_data_or_models_is_refused(tmp_path: Path, monkeypatch
     file.write_text("{}\n")
     prepare(tmp_path / "study", (0,))
     file.write_text("{ }\n")
-    with pytest.raises(UserError, match=f"holds cells of other {other}"):
+    with pytest.raises(UserError, match=f"holds cells with other {other}"):
         prepare(tmp_path / "study", (0,))
 
 
@@ -398,5 +398,5 @@ def test_some_of_the_seeds_can_be_run_and_no_others(tmp_path: Path, monkeypatch,
         assert all(names.issuperset(cell.after) for cell in grid.cells(seeds))
         assert estimate.sample_of(grid.cells(seeds))
     monkeypatch.setattr("sys.argv", ["study.run", "--output", str(tmp_path / "study"), "--seeds", "0", "3"])
-    assert main() == 2 and "--seeds = 3: is no seed of the study; give some of 0, 1, 2" in capsys.readouterr().err
+    assert main() == 2 and "--seeds = 3: is not a seed of the study; give some of 0, 1, 2" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
