@@ -85,8 +85,8 @@ class Endpoint:
     as down, and the rest are not asked.
     extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
     replies_as: what the model is called in its replies, if that is not ``model``, as behind a gateway.
-    keeps_cut: whether a reply that is empty or was cut at ``max_tokens`` counts, as a model's own answer does. A judge's
-    does not: nobody knows what it would have said.
+    keeps_cut: whether a reply that is empty or was cut at ``max_tokens`` counts, as a model's own answer does.
+    A judge's does not: nobody knows what it would have said.
     Raises ValueError for limits under which nothing could be asked.
     """
 

@@ -12,8 +12,9 @@ from esi_ds.models.roles import experts_per_token, layer_configs
 
 def widths(config: PretrainedConfig) -> Widths:
     """The widths of the text model. Where a configuration does not give one, the usual ratio is assumed: an MLP of four
-    times the width, and keys and values as wide as a token. transformers writes into the configuration which
-    attention it computes as it makes the model: ``eager`` for architectures that no kernel serves (gpt-oss, Gemma 2)."""
+    times the width, and keys and values as wide as a token. transformers writes the attention that it
+    computes into the configuration as it makes the model: ``eager`` for architectures that no kernel serves (gpt-oss,
+    Gemma 2)."""
     text = config.get_text_config()
     layers = layer_configs(text)
 
