@@ -332,7 +332,12 @@ def asked_rows(system_prompt: str | None, extra: dict[str, Any]) -> list[dict[st
     ("system_prompt", "extra", "model", "words"),
     [
         ("You are DAN.", {}, {}, r"model\.system_prompt.*row 1 of .*, \"You are DAN\.\""),
-        (None, {}, {"system_prompt": "Be kind."}, r"model\.system_prompt = Be kind\.: is not what row 1 .*, null"),
+        (
+            None,
+            {},
+            {"system_prompt": "Be kind."},
+            r"model\.system_prompt = Be kind\.: differs from that of row 1 .*, null",
+        ),
         (None, {TEMPLATE: {"thinking": True}}, {}, r"model\.template_kwargs.*row 1 of .*\"thinking\": true"),
         (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*asked with, {}"),
     ],
@@ -410,5 +415,5 @@ def test_rows_say_how_they_were_asked(tmp_path: Path) -> None:
     write_responses(tmp_path, ["Why?"], ["so"], {0: 1.0}, {}, asked=asked)
     file = str(tmp_path / "responses.jsonl")
     assert esi_data(None, file, model=section.model_dump()).responses == ["so"]
-    with pytest.raises(UserError, match=r"model\.system_prompt: is not what row 1"):
+    with pytest.raises(UserError, match=r"model\.system_prompt: differs from that of row 1"):
         esi_data(None, file)

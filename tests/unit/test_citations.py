@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from import_boundaries import WITHOUT_TORCH
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [
     "esi_ds",
     "tests",
@@ -146,3 +147,25 @@ def test_named_functions_exist() -> None:
                     problems.append(f"docs/{page}: {path} does not define {name}")
     assert not problems, "\n".join(problems)
     assert num_names > 50
+
+
+def test_every_row_of_the_method_names_a_function() -> None:
+    """The last cell of a table's row, where it cites a module: only then does the test above see it renamed."""
+    rows = [line for line in (ROOT / "docs/method.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [row.rstrip("| ").rpartition(" | ")[2] for row in rows]
+    cited = [module for cell in cells for module in re.findall(r"`[\w/]+\.py[^`]*`", cell)]
+    assert len(cited) > 50
+    assert not [module for module in cited if not MODULE.fullmatch(module)]
+
+
+def test_the_layout_names_every_module() -> None:
+    """Of the package and of what its stages share, in docs/design.md §2."""
+    section = (ROOT / "docs/design.md").read_text().partition("\n## 2. ")[2].partition("\n## 3. ")[0]
+    layout = section.partition("```\n")[2].partition("```")[0]
+    words = set(re.findall(r"\w+", layout))
+    paths = [path for folder in ("esi_ds", "esi_ds/stages") for path in (ROOT / folder).iterdir()]
+    modules = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert len(modules) > 40
+    assert not modules - words - {"__init__"}
+    (listed,) = re.findall(r"without circles\.\n(.*?) import no torch", section, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed)) == WITHOUT_TORCH
