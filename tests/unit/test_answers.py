@@ -339,7 +339,7 @@ def asked_rows(system_prompt: str | None, extra: dict[str, Any]) -> list[dict[st
             r"model\.system_prompt = Be kind\.: differs from that of row 1 .*, null",
         ),
         (None, {TEMPLATE: {"thinking": True}}, {}, r"model\.template_kwargs.*row 1 of .*\"thinking\": true"),
-        (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*asked with, {}"),
+        (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*, {}"),
     ],
 )
 def test_responses_to_another_question_are_refused(

@@ -119,7 +119,7 @@ def test_masks_that_were_made_otherwise_are_told_apart_first(tmp_path: Path, cap
     for name, line in told.items():
         assert main(["compare", str(tmp_path / "one"), str(tmp_path / name)]) == 0
         output = capsys.readouterr().out
-        assert output.startswith(line) and ("made otherwise" in output) == bool(line), output
+        assert output.startswith(line) and ("made differently" in output) == bool(line), output
 
 
 def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:

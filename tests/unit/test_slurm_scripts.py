@@ -108,7 +108,7 @@ def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(s
 @pytest.mark.parametrize(
     ("says", "code"),
     [
-        ("error: model.path = x: is no folder; give one\\n", 2),
+        ("error: model.path = x: is not a folder; give one\\n", 2),
         ("bar 3/7\\nrank 1 failed: writing x: no space left on device\\n", 1),
         ("rank 1 failed: lost another rank (closed)\\nrank 0 failed: \\nTraceback\\n", 1),
         ("Fatal Python error: Aborted\\n", 1),
