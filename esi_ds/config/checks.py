@@ -18,7 +18,7 @@ BATCH_SIZES = ("esi.batch_size", "esi.generation_batch_size", "eval.batch_size",
 # DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes, and so may the
 # batch sizes that are not part of a tuning step, where a start ran out of memory.
 OF_THIS_START = (
-    "run.output_dir",  # a folder may be spelt otherwise, or have been moved
+    "run.output_dir",  # a folder may be spelt differently, or have been moved
     "run.resume",
     "run.share",
     "run.collective_timeout_s",

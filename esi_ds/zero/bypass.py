@@ -45,7 +45,7 @@ def refuse_other_rules(zero_optimizer: Any) -> None:
     """Raise UserError where a ZeRO-3 engine updates weights by other rules than its optimizer's."""
     ratio = getattr(zero_optimizer, "partial_offload", 1.0)
     if getattr(zero_optimizer, "offload_optimizer", False) and ratio != 1.0:
-        problem = "makes DeepSpeed step the weights that are not offloaded with its own AdamW"
+        problem = "lets DeepSpeed's own AdamW step the weights that are not offloaded"
         raise UserError("offload_optimizer.ratio", ratio, problem, "set it to 1, or use esi_ds.freeze")
     if getattr(zero_optimizer, "use_muon", False):
         problem = "would step gradients that DeepSpeed has orthogonalised for Muon"
