@@ -112,7 +112,7 @@ class PatchSummary(TypedDict):
     changed: int  # number of weights that differ
     tensors: dict[str, PatchedTensor]  # by name; all that the tuned model stores
     left_out: NotRequired[dict[str, LeftOut]]  # by name; all else that the base stores
-    chat_templates: NotRequired[TemplateChange]  # where the tuned model's are others than the base's
+    chat_templates: NotRequired[TemplateChange]  # where the tuned model's differ from the base's
     dequantised_from: NotRequired[str]  # format of the base's files, whose values here are the dequantised ones
 
 

@@ -156,7 +156,7 @@ def tensor_sha256(tensor: StoredTensor) -> str:
 def read_digests(folder: Path, names: Collection[str], field: str, remedy: str) -> dict[str, str]:
     """Parameter → sha256 of its bytes, from ``digests.json``; empty where the folder has none.
 
-    Raises UserError naming ``field`` where the file is damaged or names others than the folder's parameters ``names``.
+    Raises UserError naming ``field`` where the file is damaged or names other parameters than ``names``, the folder's.
     """
     file = folder / DIGESTS_NAME
     if not os.path.lexists(file):

@@ -103,7 +103,7 @@ def check_column(column: str, names: Sequence[str], field: str) -> None:
 
 
 def check_distinct(names: Sequence[str], candidates: Collection[str], field: str) -> None:
-    """Raises UserError where two columns, which nobody has chosen from, differ in case only. candidates: lower-case
+    """Raises UserError where two columns, of which the config names none, differ in case only. candidates: lower-case
     names that matter."""
     lower = [name.strip().lower() for name in names]
     for twice in (name for name in lower if lower.count(name) > 1 and name in candidates):
@@ -111,14 +111,14 @@ def check_distinct(names: Sequence[str], candidates: Collection[str], field: str
 
 
 def check_question_columns(names: Sequence[str], field: str) -> None:
-    """Raises UserError where several columns, which nobody has chosen from, may hold the question."""
+    """Raises UserError where several columns, of which the config names none, may hold the question."""
     questions = [name for name in names if name.strip().lower() in QUESTIONS]
     if len(questions) > 1:
         _refuse_choice(questions, field)
 
 
 def check_prompt_columns(names: Sequence[str], field: str) -> None:
-    """Raises UserError where several columns, which nobody has chosen from, may hold the prompt."""
+    """Raises UserError where several columns, of which the config names none, may hold the prompt."""
     lower = [name.strip().lower() for name in names]
     attack = next((name for name in ATTACKS if name in lower), None)
     questions = [name for name in names if name.strip().lower() in {*QUESTIONS, attack}]
