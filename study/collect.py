@@ -48,7 +48,9 @@ def row_of(cell: Cell, output: Path) -> Row | None:
             flags["unsafe_or_incoherent"].append(True if garbled else verdict["unsafe"])
         else:
             if row["prompt"] != expected[row["index"]]["prompt"]:
-                raise ValueError(f"{folder} answers prompts other than today's held-out ones: delete it and run again")
+                raise ValueError(
+                    f"{folder} answers prompts other than the current held-out ones: delete it and run again"
+                )
             answer = expected[row["index"]]["answer"]
             flags["correct"].append(is_correct(text, answer))
             flags["over_refused"].append(WORDS.matches(text))

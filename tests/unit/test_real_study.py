@@ -418,7 +418,7 @@ def test_no_prompt_is_in_two_seeds_and_other_rows_are_refused(plan: Plan, tmp_pa
     assert not set(asked["choose-benign"]) & set(asked["report-benign"])
     write_files(tmp_path / "data", files)
     write_files(tmp_path / "data", files)
-    with pytest.raises(UserError, match="other rows"):
+    with pytest.raises(UserError, match="rows other than"):
         write_files(tmp_path / "data", {**files, "advbench-s0": [{"prompt": "another"}]})
 
 

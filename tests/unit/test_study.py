@@ -336,7 +336,7 @@ def test_a_cells_flags(tmp_path: Path) -> None:
     assert (flags["correct"], flags["over_refused"], flags["incoherent"]) == ([True], [False], [False, True, False])
     answers[2]["prompt"] = "of another version of the held-out file"
     (tmp_path / "set/m/x/answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    with pytest.raises(ValueError, match="other prompts"):
+    with pytest.raises(ValueError, match="prompts other than"):
         row_of(cell, tmp_path)
 
 
@@ -386,7 +386,7 @@ def test_rows_that_finished_cells_have_read_stay(tmp_path: Path, monkeypatch) ->
     file = tmp_path / "data/poisoned-train.jsonl"
     before = file.read_text()
     monkeypatch.setattr(material, "POISON", 0.3)
-    with pytest.raises(UserError, match="holds other rows"):
+    with pytest.raises(UserError, match="holds rows other than"):
         prepare(tmp_path, (0, 1))
     assert file.read_text() == before and not (tmp_path / "data/prompts-s1.jsonl").exists()
 
