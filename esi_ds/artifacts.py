@@ -50,7 +50,7 @@ READERS = 8  # files read at once: a sha256 keeps a core busy, and disks of clus
 
 @contextmanager
 def readable(share: str) -> Iterator[None]:
-    """Have new files and folders be readable for whom ``run.share`` names, whatever this process's umask."""
+    """Make new files and folders readable for those whom ``run.share`` names, whatever this process's umask."""
     before = os.umask(0o077)  # there is no other way to read it
     os.umask(before & ~(MODES[share] & 0o077))
     try:
@@ -61,7 +61,7 @@ def readable(share: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have every error of writing ``path`` be an OSError that names the file.
+    """Turn every error of writing ``path`` into an OSError that names the file.
 
     The system's error for a full disk names none; safetensors and tokenizers only mention the error number in a text.
     """
@@ -159,7 +159,8 @@ def check_new_folder(field: str, folder: Path) -> None:
 
 
 def without_files(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(the paths but for files, the files that are no pages): RUNS/* holds logs and the page of several runs, too.
+    """(the paths that are not files, the files that are not pages): RUNS/* holds logs and the page of several runs,
+    too.
 
     All paths stay if they are files.
     """
@@ -237,7 +238,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     if not file.exists():
         return []
-    with reading("run.output_dir", file, "delete it: the curves begin anew"):
+    with reading("run.output_dir", file, "delete it: the curves start over"):
         check_regular(file)
         rows = read_jsonl(file)
         for row in check_type(rows, list[dict[str, float | None]]):
@@ -303,7 +304,7 @@ class RunFolder:
             self.path.stat()
         except FileNotFoundError as error:
             if self.path.is_symlink():
-                raise UserError(key, path, "is a link that leads nowhere", "create its target") from error
+                raise UserError(key, path, "is a dangling link", "create its target") from error
         except NotADirectoryError:
             pass  # reported by ``may_write`` below
         except (OSError, ValueError) as error:
@@ -358,9 +359,9 @@ class RunFolder:
     ) -> None:
         """Raise UserError if ``now`` differs from the value of ``key`` among the inputs of the run in this folder.
 
-        Of a mapping, what these do not name is of an earlier version and taken as it is, and ``PLACES`` of data are not
-        compared. field: to name, or those of the mapping's keys; None where these are fields. unread: keys of the
-        mapping that are not known yet.
+        Keys of a mapping that these inputs lack are taken as they are, because an earlier version wrote the inputs, and
+        ``PLACES`` of data are not compared. field: the field that the error names, or a mapping's fields by key; None:
+        the keys are fields themselves. unread: keys of the mapping that are not known yet.
         """
         before = self._inputs().get(key)
         difference = ""
@@ -377,7 +378,7 @@ class RunFolder:
             raise UserError(str(field or key), None, problem, "give a new run.output_dir")
 
     def commits(self) -> dict[str, str]:
-        """Hub id, with its revision, → the commit that the run in the folder has read; nothing where it begins anew.
+        """Hub id, with its revision, → the commit that the run in the folder has read; empty if it starts over.
 
         Raises UserError.
         """
@@ -385,21 +386,21 @@ class RunFolder:
             return check_type(self._inputs().get("hub_commits", {}), dict[str, str])
 
     def _inputs(self) -> dict[str, Any]:
-        """What identifies the inputs of the run in the folder; nothing where it begins anew."""
+        """What identifies the inputs of the run in the folder; empty if it starts over."""
         return {} if self._was_refused() else read_inputs(self.path)
 
     def _was_refused(self) -> bool:
-        """Whether the run in the folder failed before it had anything that a restart could use, as over a mask of
-        another model: with what was wrong mended it begins anew."""
+        """Whether the run in the folder failed before it had anything that a restart could use, for instance because of
+        another model's mask. With the corrected input it starts over."""
         return read_manifest(self.path).get("exit_state") == "failed" and not self.kept()
 
     def kept(self) -> dict[str, int]:
-        """What the starts so far have left of results and for a restart: each file's size. Other files, such as those
-        of DeepSpeed's monitors, are neither."""
+        """The size of each file that the starts so far have left as a result or for a restart. Other files, such as
+        those of DeepSpeed's monitors, are neither."""
         return result_sizes(self.path, (*RESULT_FOLDERS, CHECKPOINTS))
 
     def open(self, config: Config) -> None:
-        """Create the folder; of a run that begins, write the resolved config. Raises UserError as ``check`` does."""
+        """Create the folder, and write the resolved config of a run that begins. Raises UserError as ``check`` does."""
         self.check(config)
         self.create(config.run.share)
         if self._was_refused():
@@ -409,8 +410,8 @@ class RunFolder:
             self.write_config(config)
 
     def write_config(self, config: Config) -> None:
-        """Write the resolved config; of a run that goes on only once it is known to read what it began with, which a
-        path may no longer lead to."""
+        """Write the resolved config. A run that goes on writes it only once it is known to read what it began with: a
+        path may lead elsewhere by now."""
         write_text_atomic(self.path / "config.yaml", resolved_yaml(config))
 
     def identify(self) -> None:
@@ -469,8 +470,9 @@ class RunFolder:
         notes: dict[str, Any] | None = None,
         results: Mapping[str, FileContent] | None = None,
     ) -> None:
-        """Write ``manifest.json``. started: seconds since the epoch; earlier_s: of the starts before; notes: what the
-        stage records besides. results: of a run that is done, the files that it must hold; None: they are read here."""
+        """Write ``manifest.json``. started: seconds since the epoch. earlier_s: seconds that earlier starts took.
+        notes: what else the stage records. results: the files that a finished run must hold; None: they are read
+        here."""
         now = time.time()
         manifest: Manifest = {
             "exit_state": exit_state,
@@ -520,7 +522,7 @@ def read_manifest(run: Path, field: str = "run.output_dir") -> dict[str, Any]:
     manifest = read_json(file, dict[str, Any], field, remedy)
     written = manifest.pop("sha256", None)
     if written is not None and written != json_sha256(manifest):
-        raise UserError(field, str(file), "was altered since the run wrote it (its sha256 is another)", remedy)
+        raise UserError(field, str(file), "was altered since the run wrote it (its sha256 differs)", remedy)
     return manifest
 
 
@@ -537,18 +539,17 @@ def run_id(path: Path) -> str | None:
     """
     for folder in (path, *path.parents)[:4]:
         if (folder / IDENTITY).exists():
-            remedy = "delete it and checkpoint/ to begin anew, or give a new run.output_dir"
+            remedy = "delete it and checkpoint/ to start over, or give a new run.output_dir"
             return read_json(folder / IDENTITY, RunIdentity, "run.output_dir", remedy)["id"]
     return None
 
 
 def check_same_run(path: Path, stated: Any, remedy: str) -> None:
-    """Raise UserError where ``stated``, the id of a run that ``path`` names, is another than that of its folder's run.
-
-    A path that names none is of an earlier version, and is taken as it is.
+    """Raise UserError if ``path`` names another run, ``stated``, than its folder's. A path that names none was written
+    by an earlier version and is taken as it is.
     """
     if stated is not None and run_id(path) not in (None, stated):
-        raise UserError("run.output_dir", str(path), "is of another run", remedy)
+        raise UserError("run.output_dir", str(path), "belongs to another run", remedy)
 
 
 def _results_in(manifest: Mapping[str, Any], run: Path, field: str, remedy: str) -> dict[str, FileContent]:

@@ -161,7 +161,7 @@ def _ask(
         f"{num_refused} without a response")  # fmt: skip
     if len(kept) < len(wanted):
         problem = f"has no answer to {counted(len(wanted) - len(kept), 'question')} (the last: {last})"
-        raise UserError(OUTPUT, str(output), problem, f"start again {ONCE_IT_WORKS}: they are asked anew")
+        raise UserError(OUTPUT, str(output), problem, f"start again {ONCE_IT_WORKS}: they will be asked again")
 
 
 def _rows_on_disk(output: Path, asked: dict[str, Any]) -> list[AskedRow]:

@@ -195,8 +195,8 @@ def resolve_deepspeed(config: Config, world_size: int, stage: str = "esi") -> di
 
 
 def _check_rounding(settings: dict[str, Any], dtype: str) -> None:
-    """Raise UserError where weights would be gathered rounded, or buffers cast, so that the model computes with others
-    than it has."""
+    """Raise UserError where weights would be gathered rounded, or buffers cast, so that the model would not compute
+    with the weights that it has."""
     types, zero = _mapping(settings, "data_types", "deepspeed.data_types"), settings["zero_optimization"]
     _check_known(types, DATA_TYPES, "deepspeed.data_types")
     keys = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
@@ -379,7 +379,7 @@ def _check_gradients(settings: dict[str, Any]) -> None:
 def _fill_optimizer(settings: dict[str, Any]) -> None:
     """Add what an engine with a foreign optimizer needs, and fp32 reduction and accumulation of gradients.
 
-    Raises UserError for what would scale or step otherwise.
+    Raises UserError for what would scale or step differently.
 
     In bf16 the reduction loses three digits, which makes runs differ between world sizes (docs/zero3.md §1).
     """
@@ -419,7 +419,7 @@ def _mapping(parent: dict[str, Any], key: str, field: str) -> dict[str, Any]:
 
 
 def with_precision(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The settings of a model whose weights are of another ``dtype`` than ``model.dtype``, as a judge's may be."""
+    """The settings of a model whose ``dtype`` is not ``model.dtype``, as a judge's need not be."""
     others = {name: value for name, value in settings.items() if name not in ("bf16", "fp16")}
     _fill_precision(others, dtype)
     return others

@@ -205,7 +205,7 @@ def hub() -> Iterator[Finding]:
     from esi_ds.stages.plan.notes import hub_answers
 
     if constants.HF_HUB_OFFLINE:
-        yield Finding("ok", "hub", f"HF_HUB_OFFLINE is set: only what {constants.HF_HOME} holds already is used")
+        yield Finding("ok", "hub", f"HF_HUB_OFFLINE is set: only files already in {constants.HF_HOME} are used")
     elif hub_answers():
         yield Finding("ok", "hub", f"{constants.ENDPOINT} answers; files are kept in {constants.HF_HOME}")
     else:

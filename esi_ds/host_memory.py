@@ -44,7 +44,7 @@ def _group_folders(own_groups: Path, mount: Path) -> Iterator[Path]:
 def _room(folder: Path) -> Iterator[int]:
     """What the limit of one cgroup leaves; nothing where there is none."""
     for limit, usage, reclaimable in FILES:
-        with suppress(OSError, ValueError):  # "max" is no limit
+        with suppress(OSError, ValueError):  # "max" means no limit
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / usage).read_text()) - int(statistics.get(reclaimable, 0))
             yield int((folder / limit).read_text()) - used

@@ -76,7 +76,7 @@ def read_record(file: Path) -> Record | None:
 
 def altered(file: Path) -> UserError:
     """The error for a file that is not what its record says."""
-    return UserError(FIELD, str(file), "was altered since the run wrote it (its sha256 is another)", REMEDY)
+    return UserError(FIELD, str(file), "was altered since the run wrote it (its sha256 differs)", REMEDY)
 
 
 def check_file(file: Path) -> None:

@@ -120,7 +120,7 @@ def acquire(folder: Path) -> str | None:
 
 
 def _cannot_be_taken_over(folder: Path) -> UserError:
-    problem = f"holds the {LOCK} of a dead job, and a job that was taking it over died too"
+    problem = f"holds the {LOCK} of a dead job, and the job that was taking it over died as well"
     return UserError("run.output_dir", str(folder), problem, f"delete {LOCK} and .{LOCK}.*.claim in it")
 
 
@@ -253,7 +253,7 @@ def _watch(folder: Path) -> str | None:
 
 
 def _content(file: Path) -> bytes | None:
-    """None where there is no file, or over NFS no longer the one that was opened: another has replaced it."""
+    """None if there is no file, or if, over NFS, another file has replaced the one that was opened."""
     try:
         return file.read_bytes() if file.is_file() else None
     except OSError as error:

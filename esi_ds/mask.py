@@ -127,7 +127,7 @@ def unit_problems(mask: Mask, ranks: Ranks) -> list[str]:
 def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
     """Select again from the scores on disk, and report every parameter whose bits differ, and a wrong threshold.
 
-    Raises UserError where the scores are of another model, of another criterion, or not finite and ≥ 0.
+    Raises UserError for scores of another model or criterion, and for scores that are negative or not finite.
     """
     scores = ScoreFolder(folder, "--scores")
     scores.check(mask.header)
@@ -187,7 +187,7 @@ def _made_otherwise(first: Mask, second: Mask) -> list[str]:
         parts.append(f"from other weights (fingerprints {first.fingerprint} and {second.fingerprint})")
     pairs = ((key, getattr(first.header, key), getattr(second.header, key)) for key in MADE_BY)
     parts += [f"{key} {one} and {other}" for key, one, other in pairs if one != other]
-    return [f"the masks were made otherwise: {', '.join(parts)}"] if parts else []
+    return [f"the masks were made differently: {', '.join(parts)}"] if parts else []
 
 
 def _natural(label: str) -> tuple[int, str]:

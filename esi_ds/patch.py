@@ -5,7 +5,7 @@ differs) and the new and the original values of those that differ. Applying it t
 reverting it the base, bit for bit, unless that is stored in a finer dtype; both are checked by sha256. One process;
 one file in memory at a time.
 
-Of a quantised base (FP8 with block scales, MXFP4) the patch is against the dequantised weights in the tuned model's
+For a quantised base (FP8 with block scales, MXFP4) the patch is against the dequantised weights in the tuned model's
 dtype. It is applied to the quantised folder or to the dequantised one; reverting gives the dequantised base.
 """
 
@@ -112,7 +112,7 @@ class PatchSummary(TypedDict):
     changed: int  # number of weights that differ
     tensors: dict[str, PatchedTensor]  # by name; all that the tuned model stores
     left_out: NotRequired[dict[str, BaseOnlyTensor]]  # by name; all else that the base stores
-    chat_templates: NotRequired[TemplateChange]  # where the tuned model's are others than the base's
+    chat_templates: NotRequired[TemplateChange]  # where the tuned model's differ from the base's
     dequantised_from: NotRequired[str]  # format of the base's files, whose values here are the dequantised ones
 
 
@@ -164,7 +164,7 @@ def _other_name(name: str, ties: Mapping[str, str], stored: Collection[str]) -> 
 
 
 def _stored_names(source: ModelSource) -> set[str]:
-    """Names of a checkpoint's tensors. Of a hub model only the index is fetched; without an index none are known."""
+    """Names of a checkpoint's tensors. For a hub model only the index is fetched; without an index none are known."""
     from esi_ds.models.folder import stored_weights
 
     if (stored := stored_weights(source)) or Path(source.path).is_dir():
@@ -313,9 +313,9 @@ def template_change(base: Path, tuned: Path) -> dict[str, TemplateChange]:
 def weight_digests(
     folder: Path, dtypes: Mapping[str, torch.dtype], part: int = 0, num_parts: int = 1, field: str = "MODEL"
 ) -> dict[str, str]:
-    """``tensor_digests`` of a model's weights; of quantised ones those that they have in a plain safetensors file.
+    """``tensor_digests`` of a model's weights; for quantised ones, those that they have in a plain safetensors file.
 
-    dtypes: by name, in which quantised weights are dequantised; those without one in bf16. Raises UserError.
+    dtypes: by name, the dtype in which a quantised weight is dequantised; bf16 where none is given. Raises UserError.
     """
     if read_quantisation(folder, field) is None:
         return tensor_digests(folder, part, num_parts, field)
@@ -356,7 +356,7 @@ def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
 
 
 def _loaded_names(base: Path) -> set[str]:
-    """The tensors that transformers loads of a folder as a causal language model; none where it is no such model."""
+    """Names of the tensors that transformers loads from a folder as a causal language model; none if it is not one."""
     from esi_ds.models.folder import ModelSource, load_model_config
     from esi_ds.models.meta import meta_model
 

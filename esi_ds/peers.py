@@ -28,7 +28,7 @@ CAUSES = {
     signal.SIGABRT: "an error in C++, or NCCL's watchdog, which ends a rank whose collective failed or waited for "
     "longer than run.collective_timeout_s (raise it where ranks may be that far apart, as with long responses); its "
     "own message is above",
-    signal.SIGKILL: "the host ran out of memory, or somebody killed it, as launchers do where a rank does not end",
+    signal.SIGKILL: "the host ran out of memory, or it was killed, as launchers do to ranks that do not end in time",
 }
 FAULT = "a fault in a library or a driver; the stack above says where"
 
@@ -100,7 +100,7 @@ class PeerWatch:
 
 
 def exit_code(pid: int) -> int | None:
-    """Of a process that has ended, negative for a signal; None where its parent has asked already."""
+    """Exit code of a process that has ended, negative for a signal; None if its parent has collected it already."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return os.waitstatus_to_exitcode(int(fields[-1])) if fields[0] == "Z" else None  # proc(5): exit_code

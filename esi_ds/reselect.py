@@ -241,7 +241,7 @@ def check_scores(mask: Mask, scores: ScoreFolder, ranks: Ranks) -> None:
 
 
 class _ScoreRuns:
-    """Runs of scores, read from disk anew in every iteration."""
+    """Runs of scores, read from disk again in every iteration."""
 
     def __init__(self, read: Callable[[WeightSpan], ScoreRun], local_spans: Sequence[WeightSpan]):
         self._read, self._local_spans = read, local_spans

@@ -209,7 +209,7 @@ def _remaining(status: Status) -> str:
 
 
 def _span(seconds: float) -> str:
-    """As hours:minutes:seconds."""
+    """A duration as hours:minutes:seconds."""
     minutes, rest = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

@@ -42,7 +42,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """Of its elements, as named by safetensors."""
+        """The dtype of its elements, as safetensors names it."""
         return self.description.partition(" ")[0]
 
     @property
@@ -117,7 +117,9 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
             raise UserError(field, str(index), f"names {file_name!r}, which is not a {SUFFIX} file", remedy)
         entries, file_metadata = read_header(folder / file_name, field, remedy)
         if metadata is not None and file_metadata != metadata:
-            raise UserError(field, str(folder), "its files have different metadata: they are of different runs", remedy)
+            raise UserError(
+                field, str(folder), "its files have different metadata: they come from different runs", remedy
+            )
         metadata = file_metadata
         for entry in entries:
             if file_of.get(entry.name) != file_name:
@@ -133,7 +135,7 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
 
 
 def tensor_folders(folder: Path) -> list[str]:
-    """Names of the folders of tensors in a folder, sorted: one a criterion, of a run with several."""
+    """Names of the folders of tensors in a folder, sorted; a run with several criteria has one for each."""
     return sorted(index.parent.name for index in folder.glob(f"[!.]*/{INDEX_NAME}"))
 
 
@@ -154,7 +156,7 @@ def tensor_sha256(tensor: StoredTensor) -> str:
 def read_digests(folder: Path, names: Collection[str], field: str, remedy: str) -> dict[str, str]:
     """Parameter → sha256 of its bytes, from ``digests.json``; empty where the folder has none.
 
-    Raises UserError naming ``field`` where the file is damaged or names others than the folder's parameters ``names``.
+    Raises UserError naming ``field`` where the file is damaged or names other parameters than ``names``, the folder's.
     """
     file = folder / DIGESTS_NAME
     if not os.path.lexists(file):

@@ -49,7 +49,7 @@ def _let_go(stream: TextIO) -> None:
 
 
 def let_go_of_closed_output() -> None:
-    """Flush stdout; where nobody reads it, that is no failure of what has been done."""
+    """Flush stdout; if nobody reads it, what has been done has not failed."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

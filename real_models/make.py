@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def other_sources(listed: list[str]) -> dict[str, str]:
-    """NAME=PATH as a table. Raises UserError for a name that is no set."""
+    """NAME=PATH as a table. Raises UserError for a name that is not a set's."""
     from real_models.sources import SOURCES
 
     pairs = dict(text.partition("=")[::2] for text in listed)

@@ -35,7 +35,7 @@ while (($#)); do
         read -r -d '' -a prompts <<<"$2" || : # at the end of the text it reports a failure
         ((${#prompts[@]})) || refuse --prompts "has no value; give files or names, separated by spaces"
         ;;
-    *) refuse "$1" "is no option of this script; see --help, and give options of sbatch after --" ;;
+    *) refuse "$1" "is not an option of this script; see --help, and give options of sbatch after --" ;;
     esac
     shift 2
 done

@@ -49,7 +49,7 @@ def row_of(cell: Cell, output: Path) -> Row | None:
         else:
             if row["prompt"] != expected[row["index"]]["prompt"]:
                 raise ValueError(
-                    f"{folder} answers other prompts than the held-out ones of now: delete it and run again"
+                    f"{folder} answers prompts other than the current held-out ones: delete it and run again"
                 )
             answer = expected[row["index"]]["answer"]
             flags["correct"].append(is_correct(text, answer))

@@ -118,7 +118,7 @@ def execute_mask(cell: Cell, output: Path) -> None:
 
 
 def mask_of(cell: Cell, output: Path) -> str:
-    """The cell's mask folder. For a ratio or order other than the run's, the mask is selected anew from its scores."""
+    """The cell's mask folder. For a ratio or order other than the run's, the mask is selected again from its scores."""
     criterion, ratio = cell.facts["criterion"], float(cell.facts["ratio"])
     run = output / cell.after[0]
     # "nothing" frozen still needs a mask of at least one weight: one of two million.

@@ -31,7 +31,7 @@ def write(folder: Path, files: dict[str, list[Row]]) -> None:
     for file, text in texts.items():
         if file.exists() and file.read_text(encoding="utf-8") != text:
             remedy = "give another --output, or the data and settings that its cells were run with"
-            raise UserError("--output", file, "holds other rows than those of now", remedy)
+            raise UserError("--output", file, "holds rows other than the current ones", remedy)
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
         if not file.exists():

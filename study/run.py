@@ -74,7 +74,7 @@ def prepare(output: Path, seeds: tuple[int, ...]) -> None:
         problem = f"does not say with which {', '.join(absent)} its cells were run"
         raise UserError("--output", output, problem, "give another folder")
     if other := [name for name in now if before[name] != now[name]]:
-        raise UserError("--output", output, f"holds cells of other {', '.join(other)}", "give another folder")
+        raise UserError("--output", output, f"holds cells with other {', '.join(other)}", "give another folder")
     write_files(output / "data", all_files(seeds))
     write_text_atomic(file, json.dumps(now, indent=1) + "\n")
 
@@ -83,7 +83,7 @@ def chosen_seeds(wanted: list[int]) -> tuple[int, ...]:
     """The seeds in order. Raises UserError for one that no page would show."""
     if unknown := sorted(set(wanted) - set(SEEDS)):
         known = ", ".join(map(str, SEEDS))
-        raise UserError("--seeds", unknown[0], "is no seed of the study", f"give some of {known}")
+        raise UserError("--seeds", unknown[0], "is not a seed of the study", f"give some of {known}")
     return tuple(sorted(set(wanted)))
 
 

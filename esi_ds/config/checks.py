@@ -18,7 +18,7 @@ BATCH_SIZES = ("esi.batch_size", "esi.generation_batch_size", "eval.batch_size",
 # DeepSpeed config, expert parallelism included, may have to change where the next start has other nodes, and so may the
 # batch sizes that are not part of a tuning step, where a start ran out of memory.
 OF_THIS_START = (
-    "run.output_dir",  # a folder may be spelt otherwise, or have been moved
+    "run.output_dir",  # a folder may be spelt differently, or have been moved
     "run.resume",
     "run.share",
     "run.collective_timeout_s",
@@ -39,7 +39,7 @@ MIN_FLOAT, MAX_FLOAT = 1e-37, 1e37  # where fp32 neither rounds to 0 nor overflo
 
 def check_numbers(content: Any, key: str) -> None:
     """Raise UserError for a number that would be rounded, or overflow, where it is computed with, and for half of a
-    surrogate pair, which is no text.
+    surrogate pair, which is not text.
 
     content: of the config's ``key`` and all that is below it; no deeper than a parser has let it be.
     """
@@ -61,7 +61,7 @@ def check_numbers(content: Any, key: str) -> None:
 def check_url(field: str, url: str, shown: str | None = None) -> None:
     """Raise UserError unless this is the URL of a server, to which paths can be appended, and holds no secret.
 
-    shown: the text for the message, if it is another one; a user and password, and a query, are never shown.
+    shown: the text for the message, if not the URL itself; a user and password, and a query, are never shown.
     """
     import httpx2  # most configs name no server, and pay nothing for it
 
@@ -77,7 +77,7 @@ def check_url(field: str, url: str, shown: str | None = None) -> None:
         remedy = "leave them out; a key goes into the variable that key_variable names, or into OPENAI_API_KEY"
         raise UserError(field, shown, "holds a user or a password, which would be sent instead of the key", remedy)
     if "?" in url or "#" in url:
-        raise UserError(field, shown, "holds a query or a fragment, behind which no path can stand", example)
+        raise UserError(field, shown, "holds a query or a fragment, after which no path can be added", example)
 
 
 def check_deepspeed_keys(deepspeed: Any) -> None:
@@ -160,5 +160,5 @@ def check_unique(names: list[tuple[str, str]]) -> None:
     seen: set[str] = set()
     for field, name in names:
         if name in seen:
-            raise UserError(field, name, "is already the name of another one", "give another name")
+            raise UserError(field, name, "is already in use", "give another name")
         seen.add(name)

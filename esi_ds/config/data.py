@@ -34,7 +34,8 @@ class Rows(Section):
 
     path: str = Field(description="A file or a hub id of question and answer rows.")
     columns: str = Field(
-        "auto", description="Columns: question,answer or question,input,answer or messages; auto recognises them."
+        "auto",
+        description="The columns to read: question,answer or question,input,answer or messages; auto recognises them.",
     )
     name: str | None = Field(None, description="The configuration of a hub data set; null means its default.")
     split: str | None = Field(None, description="The split of a hub data set; null means train.")

@@ -75,7 +75,7 @@ def _known(path: Sequence[str], section: type[BaseModel], root: type[BaseModel])
 
 
 def _kinds_with(name: str, sections: Sequence[type[BaseModel]]) -> list[str]:
-    """The kinds of those of a union's sections that have a key."""
+    """The kinds of the sections of a union that have the key."""
     kinds = [section.model_fields["kind"] for section in sections if {name, "kind"} <= section.model_fields.keys()]
     return [kind for field in kinds for kind in typing.get_args(field.annotation)]
 

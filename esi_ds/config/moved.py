@@ -1,4 +1,4 @@
-"""Paths that may be others where a run goes on, as after a move of folders: of what the run has recorded the content.
+"""Paths that may change between two starts, as after a move of folders: those whose content the run has recorded.
 
 Whoever lets a path differ relies on the comparisons of ``data_hashes`` (stages/folder.py), and of files and weights
 (stages/run.py), which every start makes before it goes on: other content is refused there, under any path.
@@ -35,7 +35,7 @@ KINDS = {"prompts": "harmful", "benign": "benign"}  # section of ``eval`` → ki
 
 
 def without_moved(keys: Iterable[str], before: Config, now: Config, inputs: Mapping[str, Any]) -> list[str]:
-    """Those of ``keys``, whose values differ, that are not the path of content which the run has recorded.
+    """The ``keys``, whose values differ, without the paths whose content the run has recorded.
 
     inputs: what the run has recorded of its inputs (``artifacts.read_inputs``).
     """
@@ -59,8 +59,8 @@ def _is_recorded(key: str, before: Config, now: Config, inputs: Mapping[str, Any
 def _is_recorded_of_eval(
     section: str, number: int, key: str, before: Config, now: Config, inputs: Mapping[str, Any]
 ) -> bool:
-    """The same of a path in an entry of ``eval``. Answers and verdicts are filed under names: an entry that is called
-    by its path has another name with another one."""
+    """The same for a path in an entry of ``eval``. Answers and verdicts are filed under names, so an entry that is
+    named by its path must keep it."""
     hashes, sources = _names(inputs, "data_hashes"), _names(inputs, "source_digests")
     if before.eval is None or now.eval is None:
         return False

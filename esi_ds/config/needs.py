@@ -109,8 +109,8 @@ def require_tune(config: Config) -> Tune:
 
 
 def unread_of_eval(config: Config, stage: str) -> list[str]:
-    """A line that names what ``eval`` asks for and this stage does not do, as one YAML may be of several stages; none
-    where there is nothing."""
+    """A line that names what ``eval`` asks for and this stage does not do, since one YAML may serve several stages;
+    none if there is nothing to name."""
     section, unread = config.eval, UNREAD_OF_EVAL.get(stage, ())
     names = [f"eval.{key}" for key in unread if section and getattr(section, key) != getattr(Eval(), key)]
     return [f"{', '.join(names)}: read by launch/eval.py, not by {stage.upper()}"] if names else []

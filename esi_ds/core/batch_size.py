@@ -33,7 +33,7 @@ class Widths:
 
 
 def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
-    """Of one row: the cache of all its tokens, one layer's activations on the prompt, and the logits in fp32 beside.
+    """Bytes of one row: the cache of all its tokens, one layer's activations on the prompt, and the logits in fp32.
 
     weight: bytes of a value in the model's precision. prompt, new: tokens.
     """
@@ -46,9 +46,9 @@ def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
 
 
 def scoring_bytes(widths: Widths, weight: int, tokens: int, learnt: int, recompute: bool) -> int:
-    """Of one row in a forward and backward pass: what autograd keeps, and logits with their gradient.
+    """Bytes of one row in a forward and backward pass: what autograd keeps, and logits with their gradient.
 
-    tokens: of the row. learnt: how many of its last tokens have logits. recompute: whether activations are.
+    tokens: of the row. learnt: how many of its last tokens have logits. recompute: whether activations are recomputed.
     """
     layer = weight * (KEPT_HIDDEN * widths.hidden + KEPT_INNER * widths.inner + widths.cache) * tokens
     layer += attention_bytes(widths, weight, tokens)
@@ -57,13 +57,13 @@ def scoring_bytes(widths: Widths, weight: int, tokens: int, learnt: int, recompu
 
 
 def attention_bytes(widths: Widths, weight: int, tokens: int) -> int:
-    """Of one row and layer: attention's matrices before the softmax, after it in fp32, and after it again, where they
-    are written out. Both passes need all three; autograd keeps the last two."""
+    """Bytes of one row and layer: attention's matrices before the softmax, after it in fp32, and after it again, where
+    they are written out. Both passes need all three; autograd keeps the last two."""
     return (2 * weight + FP32) * widths.written_heads * tokens**2
 
 
 def surrogate_bytes(widths: Widths, learnt: int) -> int:
-    """Of the whole batch, whose rows take turns: the fp32 copies of one row's logits."""
+    """Bytes of the whole batch, whose rows take turns: the fp32 copies of one row's logits."""
     return LOGIT_COPIES * FP32 * widths.vocabulary * learnt
 
 

@@ -291,8 +291,8 @@ def load_mask(path: str, field: str = "tune.mask") -> Mask:
 
 
 def identity(mask: Mask) -> dict[str, str]:
-    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits; of a
-    mask without digests the latter only once they have been read."""
+    """What tells a mask from all others of its model, for manifests: sha256 of its metadata and of all its bits; for a
+    mask without digests, the bits only once they have been read."""
     return {"mask_sha256": json_sha256(mask.metadata), **identity_of_bits(mask)}
 
 

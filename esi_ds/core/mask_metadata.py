@@ -90,7 +90,8 @@ class MaskMetadata:
         return self.scored_numel if self.of == "scored" else self.total_numel
 
     def k_of(self, ratio: float) -> int:
-        """How many weights a ratio selects with scope ``model``; of the mask's own ratio as many as the mask."""
+        """How many weights a ratio selects with scope ``model``; for the mask's own ratio, as many as the mask
+        holds."""
         return self.k if ratio == self.ratio else min(int(ratio * self.base), self.scored_numel)
 
     @property
@@ -161,7 +162,7 @@ class ScoresMetadata:
         )
 
     def differences(self, mask: MaskMetadata) -> list[str]:
-        """What these scores say otherwise than a mask that is said to be made from them, one sentence each."""
+        """Where these scores contradict a mask that is said to be made from them, one sentence each."""
         pairs: Iterable[tuple[str, Any, Any]] = [
             ("fingerprint", self.fingerprint, mask.fingerprint),
             ("total_numel", self.total_numel, mask.total_numel),

@@ -121,12 +121,12 @@ Weight: TypeAlias = StoredTensor | BlockScaled | Microscaled
 
 
 def file_of(weight: Weight) -> Path:
-    """The file that holds a weight, of a quantised one its codes."""
+    """The file that holds a weight, or the codes of a quantised one."""
     return weight.file if isinstance(weight, StoredTensor) else weight.codes.file
 
 
 def stored_dtype(weight: Weight) -> torch.dtype | None:
-    """Of the weight's values as they are stored, None where torch does not have it; float32 where it is quantised."""
+    """The dtype of the stored values: float32 for a quantised weight, None if torch does not have it."""
     return DTYPES.get(weight.dtype) if isinstance(weight, StoredTensor) else torch.float32
 
 

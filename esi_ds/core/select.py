@@ -182,7 +182,7 @@ def select(
 
 
 def median(tensors: Sequence[Tensor], count: int, reduce: Reduce) -> float:
-    """The median of non-negative float32 values over all callers; of two middle ones the lower, as in torch.median.
+    """The median of non-negative float32 values over all callers; the lower of two middle ones, as in torch.median.
 
     tensors: the caller's values, 1-D. count: number of values over all callers, at least 1.
     Collectives: ``reduce`` of three histograms of 16 KiB.

@@ -39,9 +39,12 @@ class RecordedAnswer:
 
 @dataclass(frozen=True)
 class RecordedAnswers:
-    """One model's answers from a file. answers: those to the prompts of the sets; num_unused: rows that answer other
-    prompts; differences: how they were asked for otherwise than this run's own (``Asked.differences``); unrecorded:
-    what they do not say of that (``Asked.unrecorded``)."""
+    """One model's answers from a file.
+
+    answers: those to the prompts of the sets. num_unused: rows that answer other prompts. differences: how they were
+    asked for differently than this run asks (``Asked.differences``). unrecorded: what they do not record of that
+    (``Asked.unrecorded``).
+    """
 
     path: str
     sha256: str

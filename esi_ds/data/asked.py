@@ -65,16 +65,18 @@ class Asked:
         )
 
     def unrecorded(self, rows: Sequence[Row]) -> str:
-        """What rows that a run wrote do not say of the system prompt and template values that this run asks with, as
-        the end of a remark; "" if nothing. Of other engines' rows nothing is said."""
+        """Whether rows that a run wrote fail to record the system prompt or template values that this run asks with, as
+        the end of a remark; "" if not. Other engines' rows are not looked at."""
         silent = [row for row in rows if "excluded" in row and "asked" not in row]
         keys = {
             "model.system_prompt": self.model.system_prompt is not None and not all(map(_has_own_system, silent)),
             "model.template_kwargs": bool(self.model.template_kwargs) and bool(silent),
         }
         names = " and ".join(key for key, is_silent in keys.items() if is_silent)
-        problem = f"do not say whether they were asked with this run's {names}"
-        return f"{problem}: a run without any writes such rows, and so did earlier versions" if names else ""
+        problem = (
+            f"do not record {names}: rows of runs that set none look like this, and so do those of earlier versions"
+        )
+        return problem if names else ""
 
 
 def changes_the_prompt(asked: Mapping[str, Any]) -> bool:
@@ -103,5 +105,5 @@ def _extra(asked: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _refuse(key: str, ours: Any, theirs: Any, number: int, path: str) -> None:
-    problem = f"is not what row {number} of {path} was asked with, {json.dumps(theirs)[:80]}"
+    problem = f"differs from that of row {number} of {path}, {json.dumps(theirs)[:80]}"
     raise UserError(f"model.{key}", ours, problem, "set it to that, or give responses that were asked with this")

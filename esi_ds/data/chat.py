@@ -410,10 +410,9 @@ class TemplateCheck:
             raise self._error(roles, number)
 
     def check_answered(self, roles: Sequence[str]) -> None:
-        """As ``check``, of a conversation that ends with an answer: of its prompt, and of the answer behind it.
-
-        With the answer, the earlier turns may be another text than without: Mistral's templates write the system
-        prompt into a turn of the user only if that is the last.
+        """As ``check``, for a conversation that ends with an answer: its prompt, and the answer behind it. With the
+        answer, a template may write the earlier turns differently: Mistral's templates write the system prompt into a
+        turn of the user only if that is the last.
         """
         self.check(roles[:-1], add_generation_prompt=True)
         if len(roles) - 1 in self._turns_left_out(roles, False):

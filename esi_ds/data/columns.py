@@ -1,4 +1,4 @@
-"""What else of a row belongs to its meaning beside the columns of question and answer (docs/data.md).
+"""What else in a row belongs to its meaning, beside the columns of question and answer (docs/data.md).
 
 Such a column is read with the question, or the row is refused: none is dropped. Names are compared in lower case.
 """
@@ -60,7 +60,7 @@ class UnreadableRow(Exception):
 def lowered(row: Mapping[Any, Any], without: Collection[str] = ()) -> dict[str, Any]:
     """The row with its names in lower case, without empty values.
 
-    without: lower-case names to leave out: they are read otherwise. Raises UnreadableRow where two other names that
+    without: lower-case names to leave out: they are read elsewhere. Raises UnreadableRow where two other names that
     belong to a row differ in case only and both have a value.
     """
     content: dict[str, Any] = {}
@@ -103,7 +103,7 @@ def check_column(column: str, names: Sequence[str], field: str) -> None:
 
 
 def check_distinct(names: Sequence[str], candidates: Collection[str], field: str) -> None:
-    """Raises UserError where two columns, which nobody has chosen from, differ in case only. candidates: lower-case
+    """Raises UserError where two columns, of which the config names none, differ in case only. candidates: lower-case
     names that matter."""
     lower = [name.strip().lower() for name in names]
     for twice in (name for name in lower if lower.count(name) > 1 and name in candidates):
@@ -111,14 +111,14 @@ def check_distinct(names: Sequence[str], candidates: Collection[str], field: str
 
 
 def check_question_columns(names: Sequence[str], field: str) -> None:
-    """Raises UserError where several columns, which nobody has chosen from, may hold the question."""
+    """Raises UserError where several columns, of which the config names none, may hold the question."""
     questions = [name for name in names if name.strip().lower() in QUESTIONS]
     if len(questions) > 1:
         _refuse_choice(questions, field)
 
 
 def check_prompt_columns(names: Sequence[str], field: str) -> None:
-    """Raises UserError where several columns, which nobody has chosen from, may hold the prompt."""
+    """Raises UserError where several columns, of which the config names none, may hold the prompt."""
     lower = [name.strip().lower() for name in names]
     attack = next((name for name in ATTACKS if name in lower), None)
     questions = [name for name in names if name.strip().lower() in {*QUESTIONS, attack}]
@@ -138,13 +138,13 @@ def _refuse_choice(names: Sequence[str], field: str) -> NoReturn:
 def check_row(row: Mapping[str, Any]) -> None:
     """Raises UnreadableRow where a lowered row holds what cannot be given to the model."""
     for name in names_with(row, REFUSED):
-        raise UnreadableRow(f"it has {name}, which the model would not be given")
+        raise UnreadableRow(f"it has {name}, which would not reach the model")
 
 
 def full_question(question: str, row: Mapping[str, Any]) -> str:
     """The question, its inputs and the options to choose from, as one turn.
 
-    row: lowered, without what is read otherwise. Raises UnreadableRow.
+    row: lowered, without what is read elsewhere. Raises UnreadableRow.
     """
     inputs = [text_of(row[name], name) for name in INPUTS if name in row] or _first_instance(row)
     options = "\n".join(f"{letter}. {text}" for letter, text in _options(row).items())
@@ -204,10 +204,10 @@ def _has_letters(row: Mapping[str, Any]) -> bool:
 
 
 def with_all_options(rows: Sequence[dict[str, Any]], read: Collection[str]) -> list[dict[str, Any]]:
-    """The rows of a file, each question's options readable by itself: where some have options in columns called a, b
-    and c, a and b alone are those of a question with two, which alone might be anything.
+    """The rows of a file, so that each question's options can be read by themselves. Columns called a and b alone might
+    be anything; if other rows have a c, too, they are the options of a question with two.
 
-    read: lower-case names that are read otherwise.
+    read: lower-case names that are read elsewhere.
     """
     apart = {*BELONGING, *read}
     if not any(_has_letters(lowered(row, without=apart)) for row in rows):
@@ -350,8 +350,8 @@ def columns_beside(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(columns that some question is read with, columns that no row is read from), as the rows spell them.
 
-    All names are in lower case. read: columns of the question itself. also, apart: columns that are read with it, and
-    that are not, whatever their names usually mean.
+    All names are in lower case. read: columns of the question itself. also: columns that are read with it, whatever
+    their names usually mean; apart: columns that are not.
     """
     used = {*also, *(name for row in rows for name in _beside(row, {*read, *apart}))}
     known = ({*read, *SYSTEM, *HISTORY, *INPUTS, *OPTIONS} - {*apart}) | used

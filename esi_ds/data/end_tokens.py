@@ -16,8 +16,8 @@ def end_tokens(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> froze
     """Ids of the tokens that end a turn of the model.
 
     They are the tokenizer's end token, ``eos_token_id`` of generation_config.json and of config.json, and the token
-    with which the chat template ends an answer. Each of these is missing, or is another token than the rest, in some
-    published model. Raises UserError for a file that cannot be read.
+    with which the chat template ends an answer. In some published model or other, each of these is missing or differs
+    from the rest. Raises UserError for a file that cannot be read.
     """
     ids = {tokenizer.eos_token_id, template_end(tokenizer)} - {None}
     for name in ("generation_config.json", "config.json"):

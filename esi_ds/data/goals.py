@@ -51,12 +51,14 @@ def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | 
         return None
     if behaviors is None:
         remedy = "name the CSV of its behaviours (harmbench_behaviors_text_all.csv)"
-        raise UserError(key, None, f"is missing: {path} has test cases by behaviour, whose goals are there", remedy)
+        raise UserError(
+            key, None, f"is missing: {path} has test cases by behaviour, and that CSV has the goals", remedy
+        )
     goals = _behaviors(behaviors, key)
     unknown = [name for name in cases if name not in goals]
     if unknown:
         more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
-        problem = f"has no behaviour {unknown[0]!r}{more}, of which {path} has test cases"
+        problem = f"has no behaviour {unknown[0]!r}{more}, for which {path} has test cases"
         raise UserError(key, behaviors, problem, "name the CSV they were made from")
     return [{TEST_CASE: case, **goals[name]} for name, listed in cases.items() for case in listed]
 

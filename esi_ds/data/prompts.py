@@ -96,8 +96,8 @@ class PromptSet:
 
     @property
     def note(self) -> str:
-        """Of how many goals the prompts are, how many are there again, and which other columns of the rows are read and
-        not read, for the end of a line of the log."""
+        """For the end of a line of the log: the number of goals, the number of duplicates, and which other columns of
+        the rows are read and not read."""
         goals = f"; judges read {self.goal_column}, {len(set(self.goals))} distinct" if self.goals else ""
         num_repeated = len(self.prompts) - len({json.dumps(prompt) for prompt in self.prompts})
         repeated = f"; {num_repeated} duplicate(s), all counted" if num_repeated else ""
@@ -106,7 +106,7 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """Of the prompts, and of their goals where there are any."""
+        """Digest of the prompts, and of their goals if there are any."""
         content = [self.prompts, self.goals] if self.goals else self.prompts
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -362,7 +362,7 @@ def _asked_chat(turns: list[Any], number: int, path: str, field: str) -> Prompt:
 
 
 def _check_response_row(row: Row, number: int, path: str, field: str) -> None:
-    """Raises UserError for a response to more than its prompt: with another context it is another response's score."""
+    """Raises UserError for a response to more than its prompt: behind another context its score would differ."""
     try:
         other = lowered(row, without=("prompt", "response"))
         check_row(other)

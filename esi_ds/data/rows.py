@@ -92,7 +92,7 @@ def _json_rows(text: str) -> list[Row]:
     try:
         content = parse_json(text)
     except json.JSONDecodeError:
-        if text.lstrip().startswith("["):  # a torn list: its lines are no rows
+        if text.lstrip().startswith("["):  # a torn list: its lines are not rows
             raise
         return _json_lines(text)
     if isinstance(content, dict):

@@ -99,7 +99,7 @@ def marks_with(pair: Sequence[str] | None) -> Marks:
 
 
 def absent_marks(texts: Sequence[str], pair: Sequence[str] | None) -> list[str]:
-    """Those of the user's marks that stand in none of the responses."""
+    """The user's marks that stand in none of the responses."""
     lowered = [text.lower() for text in texts]
     return [mark for mark in pair or () if not any(mark.lower() in text for text in lowered)]
 
@@ -128,7 +128,7 @@ def cut_within(responses: Sequence[str | None], are_cut: Sequence[bool], marks: 
 
 
 def whole_response(trace: str | None, answer: str | None) -> str | None:
-    """The one text that a response is, of an engine that gives a thought and the answer apart.
+    """A response as one text, from an engine that gives the thought and the answer separately.
 
     trace: None or empty if there was no thought. answer: None where the response ends within its thought. Marks that
     either speaks of are broken up: they would end the thought, or open another. None if there is nothing at all.
@@ -350,8 +350,8 @@ def _trimmed(response: str, spans: Sequence[Span]) -> list[Span]:
 
 
 def spans_in_text(spans: Iterable[Span], pieces: Sequence[Piece]) -> list[Span]:
-    """Spans of the response as spans of the text that is made of ``pieces``, in order; of what lies outside of them
-    nothing is left."""
+    """Spans of the response as spans of the text that is made of ``pieces``, in order; what lies outside of the pieces
+    is dropped."""
     starts = [piece.start for piece in pieces]
 
     def position_in_text(number: int, position: int) -> int:
@@ -385,7 +385,7 @@ def opening_in(prompt: str, marks: Marks) -> str | None:
 
 
 def mark_strings(specials: Iterable[str], marks: Marks = MARKS) -> frozenset[str]:
-    """Those of the special-token strings of a tokenizer that marks of thoughts are made of."""
+    """The special-token strings of a tokenizer that marks of thoughts are made of."""
     strings = frozenset(specials)
     harmony = HARMONY if CHANNEL in strings else ()
     return frozenset(

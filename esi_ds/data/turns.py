@@ -45,7 +45,7 @@ Prompt: TypeAlias = str | list[Turn]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one text, for people and for judges that do not read turns; of a chat, each turn after its role."""
+    """A prompt as one text, for people and for judges that do not read turns; a chat has each turn after its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
@@ -112,7 +112,7 @@ def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:
     marks = lowered(turn)
     trace = _trace(marks) if traces and role == "assistant" else ""
     for name in names_with(marks, [name for name in BESIDE_TEXT if not (trace and name in TRACE_KEYS)]):
-        raise UnreadableRow(f"a turn has {name}, which the model would not be given")
+        raise UnreadableRow(f"a turn has {name}, which would not reach the model")
     try:
         learnt = is_learnt(marks, LEARNT)
     except UnreadableRow as error:
@@ -143,7 +143,8 @@ def _one_of(turn: dict[str, Any], name: str, other: str) -> Any:
 
 
 def _text(content: Any) -> str | None:
-    """The text of a turn; of a list of parts, their texts on end. None where it has none; raises UnreadableRow."""
+    """The text of a turn; a list of parts gives their texts, one after another. None where it has none; raises
+    UnreadableRow."""
     if isinstance(content, list):
         texts = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content

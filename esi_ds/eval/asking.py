@@ -17,10 +17,10 @@ RELEASE = re.compile(r"-\d{4}(-?\d\d-?\d\d)?")
 
 
 def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -> None:
-    """Raise UserError where the endpoint cannot be reached, or lists models and not this one, whose name in replies is
-    not given either: gateways may list what is behind their own names.
+    """Raise UserError if the endpoint cannot be reached, or if the models that it lists lack this one and
+    ``replies_as`` is not given: gateways may list what is behind their own names.
 
-    It names ``field``; for an endpoint that cannot be reached ``url_field``, if that is another one.
+    The error names ``field``, or ``url_field``, if given, for an endpoint that cannot be reached.
     """
     try:
         names = served_models(endpoint)

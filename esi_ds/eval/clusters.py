@@ -188,8 +188,8 @@ def cluster_mean(
 
 
 def _ratio_interval(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, float] | tuple[None, None]:
-    """Of Σ sums / Σ sizes, where the pairs, one of each cluster, are drawn together with replacement; (None, None)
-    where every cluster's own ratio is the same, or there is none."""
+    """Interval of Σ sums / Σ sizes, where the pairs, one of each cluster, are drawn together with replacement; (None,
+    None) where every cluster's own ratio is the same, or there is none."""
     if not len(sums) or all_alike(sums / sizes):
         return None, None
     return bootstrap_interval((sums, sizes), lambda drawn, sizes, axis: drawn.sum(axis) / sizes.sum(axis), seed)

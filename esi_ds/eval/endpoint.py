@@ -30,7 +30,8 @@ BASE_URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 OPENAI_URL = "https://api.openai.com/v1"
 # Transient failures: request timeout, conflict, too early, too many requests. Every 5xx is tried again too.
 TRANSIENT = {408, 409, 425, 429}
-# The server takes no question for now: it limits the asker's rate, or is overloaded. Such a refusal is no attempt.
+# The server takes no question for now: it limits the asker's rate, or is overloaded. Such a refusal does not count as
+# an attempt.
 BUSY = {429, 503, 529}
 # Of OpenAI's 429 that no pause overcomes: the account has no credit, or the question alone is above its limit.
 NO_CREDIT, TOO_LARGE = b"insufficient_quota", b"Request too large"
@@ -38,7 +39,7 @@ NO_CREDIT, TOO_LARGE = b"insufficient_quota", b"Request too large"
 OF_THE_QUESTION = {400, 413, 422}
 # A judge's reply is a few kilobytes; a longer one is not read.
 MAX_REPLY_BYTES = 1 << 20
-MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger count is no count
+MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger number is not a count
 # Runs of so many characters of the key are removed from whatever is kept but for models' answers (``MIN_KEY``); a
 # shorter key is a placeholder, not a secret.
 KEY_RUN = 6
@@ -84,8 +85,8 @@ class Endpoint:
     as down, and the rest are not asked.
     extra: further keys of the request's body; None removes a key, such as a ``temperature`` that a model rejects.
     replies_as: what the model is called in its replies, if that is not ``model``, as behind a gateway.
-    keeps_cut: whether a reply is the model's own answer, which counts if it is empty or was cut at ``max_tokens``; of a
-    judge's it would not be known what it was to say.
+    keeps_cut: whether a reply that is empty or was cut at ``max_tokens`` counts, as a model's own answer does.
+    A judge's does not: nobody knows what it would have said.
     Raises ValueError for limits under which nothing could be asked.
     """
 
@@ -166,9 +167,10 @@ class Endpoint:
 class Reply:
     """A reply's text, or the problem that prevented one, and what was used either way.
 
-    asked: False if the question was not asked, or not to the end, or if the server was too busy for it to the end, or
-    could not be reached: nothing is known of the question itself. is_alive: whether the endpoint answered at all, if
-    only with a refusal. is_cut: whether the text ends at ``max_tokens``. model: which one replied, in its own words.
+    asked: False if the question was not asked, its attempts were cut short, the server stayed too busy for it, or the
+    server could not be reached: nothing is known of the question itself. is_alive: whether the endpoint answered at
+    all, if only with a refusal. is_cut: whether the text ends at ``max_tokens``. model: which one replied, in its own
+    words.
     """
 
     text: str | None
@@ -426,7 +428,7 @@ def _seconds(retry_after: str) -> float:
 def remove_key(text: str, key: str | None) -> str:
     """The text with ``***`` for every run of ``KEY_RUN`` or more characters of the key, which some servers repeat.
 
-    Case does not matter. A key shorter than that is left alone: "EMPTY", which private servers take, is no secret.
+    Case does not matter. A key shorter than that is left alone: "EMPTY", which private servers take, is not a secret.
     """
     key = (key or "").lower()
     runs = {key[start : start + KEY_RUN] for start in range(len(key) - KEY_RUN + 1)}

@@ -158,7 +158,7 @@ class SharedLM(HFLM):
         self.prepared, self.counts = task, DocumentCounts()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As HFLM's, which however takes out the system's turn (a task's description) where the template rejects it.
+        """As HFLM's, but without taking out the system's turn (a task's description) where the template rejects it.
 
         Raises UserError for a template that rejects or leaves out a turn.
         """
@@ -224,7 +224,7 @@ class SharedLM(HFLM):
         return answer or ""
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        """As HFLM's, which however drops the marks of thoughts that are special tokens."""
+        """As HFLM's, but keeps the marks of thoughts that are special tokens."""
         if skip_special_tokens and isinstance(tokens, list) and not self.special_marks.isdisjoint(tokens):
             return decode_responses(self.tokenizer, [tokens], self.marks)[0]
         return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))

@@ -72,7 +72,7 @@ class PreparedTask:
 
     @property
     def name(self) -> str:
-        """In logs and results: ours of a task in ``KNOWN``, otherwise lm-eval's."""
+        """The task's name in logs and results: ours if it is in ``KNOWN``, else lm-eval's."""
         _, known = KNOWN.get(self.config.name, (None, None))
         return self.config.name if known == self.their_name else self.their_name
 

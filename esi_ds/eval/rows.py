@@ -126,7 +126,7 @@ class TaskSummary(TypedDict):
     lm_eval: str  # version of lm-eval
     confidence: float  # of the interval
     # Of models that think; earlier runs did not write them, and gave a task thoughts and answer as one.
-    num_unfinished: NotRequired[int]  # documents with a reply that ends within a thought, which is no answer
+    num_unfinished: NotRequired[int]  # documents with a reply that ends within a thought, which is not an answer
     num_without_thought: NotRequired[int]  # documents whose choices are scored where the model would begin to think
 
 

@@ -167,7 +167,7 @@ class RubricQuestion:
 
     @property
     def messages(self) -> str | tuple[str, str]:
-        """As ``endpoint.ask_all`` takes it."""
+        """The question as ``endpoint.ask_all`` takes it."""
         return self.text if self.system is None else (self.text, self.system)
 
 
@@ -205,7 +205,7 @@ def read_verdict(reply: Reply, question: RubricQuestion, answer: str, threshold:
         return Verdict.missing(reply.problem or "")
     text = final_answer(reply.text)  # a judge that reasons may weigh other scores in its thoughts
     if text is None:
-        return Verdict.missing("the judge's reply ends within a thought: max_tokens may be too few")
+        return Verdict.missing("the judge's reply ends within a thought: max_tokens may be too low")
     if question.system is not None:
         violation = read_violation(text)
         return Verdict.missing(violation) if isinstance(violation, str) else Verdict(violation == 1, float(violation))

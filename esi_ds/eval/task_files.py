@@ -23,7 +23,7 @@ LOCAL = ("file://", "local://")
 
 @contextlib.contextmanager
 def read_afresh() -> Iterator[list[str]]:
-    """Inside the block, ``datasets.load_dataset`` reads local files into memory, past its cache; of a host's ranks one
+    """Inside the block, ``datasets.load_dataset`` reads local files into memory, past its cache; one rank of each host
     asks the hub (``data.hub_sets``).
 
     Every process reads local files itself, through a folder of its own that is deleted at once. Gives a list that grows
@@ -93,7 +93,7 @@ class _Hash(io.RawIOBase):
 
 
 def _sha256(loaded: datasets.Dataset | datasets.DatasetDict) -> str:
-    """Of the rows of a data set or of its splits by name."""
+    """Digest of the rows of a data set, or of its splits by name."""
     splits = {"": loaded} if isinstance(loaded, datasets.Dataset) else loaded
     hashed = _Hash()
     for name in sorted(splits):

@@ -58,7 +58,7 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _names(keys: dict[str, Any]) -> set[str]:
     """What a file with these keys names. A list under ``task`` has the members of a group, which files of their own
-    define; a task written in Python is no group, whatever else its definition says."""
+    define; a task written in Python is not a group, whatever else its definition says."""
     task, group = keys.get("task"), None if "class" in keys else keys.get("group")
     return {name for name in (task, group, *_texts(keys.get("tag"))) if isinstance(name, str)}
 

@@ -21,7 +21,7 @@ class TaskResult:
     low, high: Wilson's interval if ``correct`` is present, else normal by lm-eval's standard error; None without
     one, or where it is 0.
     num_cut: how many documents' prompts lost their beginning because they were too long for the model.
-    num_unfinished: how many documents have a reply that ends within a thought, which is no answer.
+    num_unfinished: how many documents have a reply that ends within a thought, which is not an answer.
     num_without_thought: how many documents' choices are scored where the model would begin to think.
     limit: the most documents per task. num_documents: how many there are without it.
     version: of the task's definition. prompts_hash: lm-eval's hash of documents, prompts and targets; results with

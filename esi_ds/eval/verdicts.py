@@ -62,8 +62,7 @@ def is_empty(answer: str) -> bool:
 
 
 def text_to_judge(response: str, reads: Reads = "answer", marks: Marks = MARKS) -> str | Verdict:
-    """What a judge reads of a response, its final answer if it is not told else; or the verdict where there is nothing
-    to read.
+    """What a judge reads of a response, by default its final answer; or the verdict, if there is nothing to read.
 
     A response that ends within a thought has not answered yet: the verdict is missing, whatever the judge reads. So is
     a verdict on a thought where there is none.

@@ -147,7 +147,7 @@ def read_rule(config: PretrainedConfig, rule: SequenceRule, field: str) -> tuple
         raise UserError(
             f"{field}.multi_label",
             None,
-            "is not set, and the model's outputs are no logits of labels (problem_type: regression)",
+            "is not set, and the model's outputs are not logits of labels (problem_type: regression)",
             "set it to true if the sigmoid of an output is a probability of unsafe, or take another judge",
         )
     if is_multi is None or len(names) == 1:  # a softmax over one label is always 1

@@ -23,8 +23,8 @@ def choose_family(
     """The family of the guard that ``section``, at ``field`` of the experiment's config, describes.
 
     config: the guard's own; None: unknown. ``custom`` builds a family from the section. Raises UserError where ``auto``
-    recognises none or more than one, where a named family needs a chat template that the tokenizer lacks, where its
-    architecture is another, and for a family that is read through an endpoint only.
+    recognises none or more than one, where a named family needs a chat template that the tokenizer lacks, where the
+    architecture is not that family's, and for a family that is read through an endpoint only.
     """
     if section.family == "custom":
         assert section.template is not None and section.verdict is not None  # config.validate has checked it

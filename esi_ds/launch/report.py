@@ -102,7 +102,8 @@ Linked = Sequence[tuple[Path, Any]]  # folders of runs, with their reports
 
 
 def reports_of(option: str, folders: Sequence[Path], kind: str) -> Linked:
-    """The runs that an option names. Raises UserError naming it for one that has not finished or is of another kind."""
+    """The runs that an option names. Raises UserError naming the option for a run that has not finished or is of
+    another kind."""
     linked = []
     for folder in folders:
         if is_unfinished(folder):
@@ -128,7 +129,8 @@ def link(file: Path, folder: Path) -> str:
 
 
 def split_finished(runs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """(runs to show, runs that were begun and have not finished). What is no run is to be shown: it is an error there.
+    """(runs to show, runs that were begun and have not finished). A path that is not a run is among those to show,
+    which reports the error.
 
     Raises UserError where none has finished.
     """
@@ -139,7 +141,7 @@ def split_finished(runs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def unfinished(field: str, run: Path) -> UserError:
-    """For a run that was to be shown."""
+    """The error for a run that was to be shown."""
     return UserError(field, str(run), "has not finished", "give its command again; it continues")
 
 

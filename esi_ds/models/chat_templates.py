@@ -35,7 +35,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 
 def of_tokenizer(templates: Mapping[str, str]) -> dict[str, str]:
-    """Those of the tokenizer among ``chat_templates``."""
+    """The tokenizer's templates among ``chat_templates``."""
     return {name: text for name, text in templates.items() if name != PROCESSOR}
 
 

@@ -64,10 +64,10 @@ class ModelSource:
         return cls(section.path, section.revision, section.trust_remote_code, f"{key}.path")
 
     def folder(self, only_local: bool = False) -> Path:
-        """Of its files on this machine but for weights, which need not be there.
+        """The folder with its files on this machine; weights need not be there.
 
         A hub model's are downloaded, once on each host of the job, unless ``only_local``. Raises OSError or ValueError,
-        and UserError where the path is no folder and the hub has no such id or cannot be reached.
+        and UserError where the path is not a folder and the hub has no such id or cannot be reached.
         """
         if os.path.isdir(self.path):
             return Path(self.path)
@@ -138,7 +138,7 @@ def reading_model(source: ModelSource, remedy: str, problem: str) -> Iterator[No
 def load_model_config(source: ModelSource, only_local: bool = False) -> PretrainedConfig:
     """The model's architecture.
 
-    Of a quantised model that is read, it is that of the plain model. only_local: do not contact the hub; read folders
+    For a quantised model that can be read, it is the plain model's. only_local: do not contact the hub; read folders
     and the hub's cache only. Raises UserError where there is no readable configuration, or where the weights are
     quantised in a way that is not read.
     """
@@ -185,7 +185,7 @@ def rounded_from(section: Model) -> str | None:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Raise UserError for a model whose weights transformers would not load, or would load others than its own.
+    """Raise UserError for a model whose weights transformers would not load, or in whose place it would load others.
 
     Pickled weights are never read. A hub model's are checked once they are here (``checked_folder``).
     """

@@ -60,7 +60,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def no_model(field: str, path: str) -> UserError:
-    """For a path that is no folder and cannot be a hub id."""
+    """The error for a path that is not a folder and cannot be a hub id."""
     problem = "there is no such folder, and it is not a hub id"
     return UserError(field, path, problem, "give a folder of a model, or namespace/name of the hub")
 
@@ -84,8 +84,8 @@ def files(name: str, revision: str | None, only_local: bool = False) -> Path:
 def _snapshot(name: str, revision: str | None, patterns: list[str], only_local: bool = False) -> str:
     """A model's folder in the hub's cache, with the files of these names or patterns.
 
-    Offline huggingface_hub is told to stay local, too: 1.31 else asks for a commit's list of files, unless it filled
-    the cache itself.
+    When offline, huggingface_hub is told to stay local as well: without that, 1.31 asks for a commit's list of files,
+    unless it filled the cache itself.
     """
     stays_local = only_local or constants.HF_HUB_OFFLINE
     return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=stays_local)
@@ -105,7 +105,8 @@ def weights(name: str, revision: str | None, field: str = "model.path") -> Path:
 
 
 def check_exists(name: str, kind: Kind, field: str) -> None:
-    """Raise UserError for what is no file or folder here, if the hub has no such repository or cannot be reached.
+    """Raise UserError for a name that is neither a file nor a folder here, if the hub has no such repository or cannot
+    be reached.
 
     name: in the form of a hub id. A repository in the hub's cache costs no request, another one costs a small one, once
     on each host of the job. Whatever else the hub may answer (busy, gated, slow) is left to the download.
@@ -173,7 +174,8 @@ def commits() -> dict[str, str]:
 
 
 def kept_commits() -> list[str]:
-    """A sentence on each model that is of another revision than the config names, as it is the run's."""
+    """A sentence on each model whose commit is the one that the run began with, instead of the revision in the
+    config."""
     names = {model_name(*key): key[1] for key in _resolved}
     return [
         f"{name}: commit {_kept[name]}, with which this run began"
@@ -239,6 +241,6 @@ def _in_cache(work: Callable[[], str]) -> str:
     except Exception as error:  # libraries wrap the system's error in their own
         if (reason := why_full(error)) is None:
             raise
-        problem = f"cannot take what is downloaded ({reason})"
+        problem = f"cannot store what is downloaded ({reason})"
         remedy = "make room there, or set HF_HOME to another folder"
         raise UserError("HF_HOME", constants.HF_HOME, problem, remedy) from error

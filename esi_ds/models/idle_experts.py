@@ -55,5 +55,5 @@ def mend_grouped_product() -> None:
         counts = offs.diff(prepend=offs.new_zeros(1))  # offs [E]: the end of each expert's tokens
         return grouped_product(input, zero_idle_gradient(weight, counts), offs)
 
-    mended.zeroes_idle = True  # type: ignore[attr-defined]
+    mended.zeroes_idle = True  # type: ignore[attr-defined]  # a mark on the function
     moe._grouped_mm = mended

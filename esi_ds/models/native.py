@@ -16,6 +16,6 @@ def computes_bf16() -> bool:
     GPUs do from compute capability 8.0 (Ampere); before, and on CPUs without the instructions, bf16 is emulated.
     """
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))  # type: ignore[no-untyped-call]
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))  # type: ignore[no-untyped-call]  # of PyTorch
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(flag, False) for flag in CPU_FLAGS)

@@ -211,8 +211,8 @@ def _probe_row(ids: Sequence[int]) -> list[int]:
 
 
 def _difference(expected: Tensor, values: Tensor) -> Difference:
-    """Of two results of one shape. Where the first is not finite it says nothing; where the second is not, the distance
-    is infinite."""
+    """The difference of two results of one shape. Where the first is not finite, nothing is compared; where only the
+    second is not, the distance is infinite."""
     limit = ROUNDING[expected.dtype]
     if not bool(expected.isfinite().all()):
         return Difference(0.0, limit)

@@ -96,8 +96,8 @@ def _configured_name(folder: Path, field: str) -> str | None:
 
 
 def checkpoint_tensors(folder: Path, field: str = "model.path") -> list[StoredTensor]:
-    """Every tensor in a folder's ``weight_files``, by name; of one that several files hold, the last file's, which is
-    the one that transformers loads. Raises UserError naming ``field``."""
+    """Every tensor in a folder's ``weight_files``, by name. If several files hold a tensor, the last file's counts,
+    which is the one that transformers loads. Raises UserError naming ``field``."""
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder, field):
         tensors |= {tensor.name: tensor for tensor in read_header(file, field, REMEDY)[0]}

@@ -11,14 +11,15 @@ from esi_ds.models.roles import experts_per_token, layer_configs
 
 
 def widths(config: PretrainedConfig) -> Widths:
-    """Of the text model. Where a configuration does not say, the usual ratio stands in: an MLP of four times the width,
-    and keys and values as wide as a token. Which attention is computed transformers writes into it as it makes the
-    model: ``eager`` for architectures that no kernel serves (gpt-oss, Gemma 2)."""
+    """The widths of the text model. Where a configuration does not give one, the usual ratio is assumed: an MLP of four
+    times the width, and keys and values as wide as a token. transformers writes the attention that it
+    computes into the configuration as it makes the model: ``eager`` for architectures that no kernel serves (gpt-oss,
+    Gemma 2)."""
     text = config.get_text_config()
     layers = layer_configs(text)
 
     def first(*names: str, default: int = 0, of: Sequence[PretrainedConfig] = layers) -> int:
-        """The first of these attributes that is a number; of one number for each layer, the largest."""
+        """The first of these attributes that is a number, or the largest if it is one number for each layer."""
         for name in names:
             values = [getattr(layer, name, None) for layer in of]
             numbers = [n for v in values for n in (v if isinstance(v, (list, tuple)) else (v,)) if type(n) is int]

@@ -9,8 +9,8 @@ from esi_ds.data.chat import is_jinja
 
 
 def asked_as(section: Model, template_sha256: str | None = None) -> dict[str, str]:
-    """Rows of a table; of what is as by default there is none. section: ``model`` of the config. template_sha256: of
-    its chat template, where the reader has no copy of that."""
+    """Rows of a table; settings that are the default have none. section: ``model`` of the config. template_sha256: of
+    its chat template, to show where no copy of it is at hand."""
     facts: dict[str, str] = {}
     if section.system_prompt is not None:
         facts["system prompt"] = section.system_prompt or "a turn without text"

@@ -211,14 +211,13 @@ class TunedAnswerRow(TypedDict):
     prompt: Prompt  # as it was read, before the chat template
     before: NotRequired[str]  # the response before tuning; absent if ``eval.before`` is off
     after: str  # the response after tuning
-    # Whether the answer of each holds a refusal's words; None if it ends within a thought.
-    refused_before: NotRequired[bool | None]
-    refused_after: bool | None
+    refused_before: NotRequired[bool | None]  # whether that response holds a refusal's words; None: it is unfinished
+    refused_after: bool | None  # the same after tuning
 
 
 class RefusalRow(TypedDict):
     """Refusals in one set of prompts, found by their words; an empty answer is counted apart, not as a refusal, and a
-    response that ends within a thought is no answer."""
+    response that ends within a thought is not an answer."""
 
     set: str  # harmful or benign
     n: int  # prompts
@@ -227,8 +226,8 @@ class RefusalRow(TypedDict):
     refused_after: int | None  # answers that refuse after tuning
     empty_after: int | None  # empty answers after tuning
     # Responses that end within a thought; earlier runs counted them as empty answers.
-    unfinished_before: NotRequired[int | None]  # None if nothing was asked before tuning
-    unfinished_after: NotRequired[int]
+    unfinished_before: NotRequired[int | None]  # before tuning; None if nothing was asked then
+    unfinished_after: NotRequired[int]  # after tuning
 
 
 class DriftRow(TypedDict):
@@ -369,8 +368,8 @@ class PerturbationReport(RateTables):
     title: str  # heading of the page
     models: list[NoisyModel]  # in the tables' order
     cells: list[NoiseCellRow]  # every way the model was disturbed
-    mask: MaskFacts
-    restored: RestoredFacts
+    mask: MaskFacts  # the mask whose weights were disturbed
+    restored: RestoredFacts  # that every cell left the weights as they were
     usage: dict[str, str]  # endpoint's name → what it used, in words
     curves: list[CurveRow]  # one per measure, set, judge, order, ratio and noise
     facts: Facts  # the page's last table

@@ -169,7 +169,7 @@ def curve_name(measure: str, set_name: str, judge: str, model: str) -> str:
 
 
 def chart_title(measure: str, set_name: str, judge: str) -> str:
-    """Of the chart that shows one measure of all models."""
+    """Title of the chart that shows one measure of all models."""
     return f"{WORDS[measure]}, {set_name}, {judge}"
 
 

@@ -273,7 +273,7 @@ def _group_label(row: PivotRow) -> str:
 
 
 def _bars(cells: Sequence[MeasureRow | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the cells that have a rate: their positions [bars], rates [bars] and ends of intervals [2, bars].
+    """For the cells that have a rate: their positions [bars], rates [bars] and ends of intervals [2, bars].
 
     A rate without an interval has its own value as both ends.
     """

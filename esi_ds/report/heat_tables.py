@@ -157,7 +157,7 @@ def _scale(data: Heatmap) -> tuple[str, str]:
 
 
 def shortened(value: float) -> str:
-    """As ``_whole``, for a cell of a fixed width: that a value is greater than ``MORE_THAN`` says enough."""
+    """As ``_whole``, for a cell of a fixed width, which says of a larger value only that it is above ``MORE_THAN``."""
     return f"> {MORE_THAN:,}" if MORE_THAN < value < math.inf else _whole(value)
 
 

@@ -31,7 +31,7 @@ class FinishedRun(Generic[R]):
 
     @property
     def kind(self) -> str | None:
-        """As in the report: tuning, evaluation or perturbation; None for ESI."""
+        """The kind that the report states: tuning, evaluation or perturbation; None for ESI."""
         kind = self.report.get("kind")
         return None if kind is None else str(kind)
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from esi_ds.core.mask import Mask
 from esi_ds.core.trained import Trained
@@ -318,12 +319,12 @@ def noisy_weights(report: PerturbationReport) -> str:
 
 def _babble(point: CurveRow, curves: Sequence[CurveRow]) -> str:
     """How many of the answers behind a rate are incoherent, if many are."""
-    same = ("set", "order", "ratio", "noise")
+    same: tuple[Literal["set", "order", "ratio", "noise"], ...] = ("set", "order", "ratio", "noise")
     rate = next(
         (
             row["rate"]
             for row in curves
-            if row["measure"] == "incoherent" and all(row[key] == point[key] for key in same)  # type: ignore[literal-required]
+            if row["measure"] == "incoherent" and all(row[key] == point[key] for key in same)
         ),
         None,
     )

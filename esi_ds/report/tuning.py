@@ -118,7 +118,7 @@ def closing_table(report: TuningReport) -> str:
             cells = ("-" if share is None else f"{share:.1%}" for share in refusal_shares(row))
             lines.append(f"{row['set']:24}" + "".join(f"{cell:>12}" for cell in cells) + f"{num_answers(row)[1]:>12,}")
     if report["routing_drift"]:
-        lines += ["", f"{'tokens routed otherwise':24}{'share':>12}{'tokens':>12}"]
+        lines += ["", f"{'routed differently':24}{'share':>12}{'tokens':>12}"]
         for name in dict.fromkeys(row["set"] for row in report["routing_drift"]):
             rows = [row for row in report["routing_drift"] if row["set"] == name]
             changed, tokens = sum(row["changed"] for row in rows), sum(row["tokens"] for row in rows)

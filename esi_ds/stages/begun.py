@@ -74,8 +74,8 @@ def _begun_model(config: Config) -> Model | None:
 
 
 def check_same_on_all_ranks(config: Config) -> None:
-    """Raise UserError, on every rank, where ranks have chosen another type, since hosts are unlike, or another day: it
-    is midnight, or their time zones differ. One gather."""
+    """Raise UserError, on every rank, if ranks have chosen different types, because their hosts differ, or different
+    days, around midnight or because their time zones differ. One gather."""
     remedies = {
         "dtype": "name the type for all ranks to compute in",
         "date": "name the day for chat templates to write",

@@ -22,9 +22,9 @@ class EndpointRounds(ABC, Generic[Question, Row]):
     """Questions to one endpoint, a few rounds at a time, so that the ranks never wait long for rank 0, which asks.
 
     failed: rows of questions without a reply since the endpoint last replied; on rank 0. They are written once it
-    replies again. If it never does, a restart asks these questions anew, as they failed for the same reason. A question
-    that the endpoint was too busy for is not among them: it is asked anew either way.
-    last_problem: of the last question without a reply; on rank 0.
+    replies again. If it never does, a restart asks these questions again, since they failed for the same reason. A
+    question that the endpoint was too busy for is not among them: it is asked again either way. last_problem: of the
+    last question without a reply; on rank 0.
     """
 
     endpoint: Endpoint

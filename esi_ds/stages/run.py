@@ -89,8 +89,8 @@ def check_mask_bits(mask: Mask, field: str) -> None:
 
 
 def _seen_by_host(mask: Mask) -> tuple[str, ...]:
-    """What hosts with one mask have in common: its identity. Of a mask without digests, whose bits no host reads alone,
-    it is the metadata and the bits of the smallest parameter that some weights are selected of."""
+    """What hosts with one mask have in common: its identity. For a mask without digests, whose bits no host reads
+    alone, it is the metadata and the bits of the smallest parameter with selected weights."""
     if mask.digests:
         return tuple(identity(mask).values())
     smallest = min((name for name in mask.names if mask.counts[name]), key=mask.numel, default=mask.names[0])
@@ -142,7 +142,7 @@ class StageRun(ABC, Generic[Inputs]):
     @property
     @abstractmethod
     def stage(self) -> str:
-        """As in ``launch/<stage>.py``."""
+        """The stage's name, as in ``launch/<stage>.py``."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class StageRun(ABC, Generic[Inputs]):
                 lock.release(self.folder.path)
 
     def _check_masks(self) -> None:
-        """Have the bits of masks without digests read, and refuse others than those that this folder's run began with.
+        """Read the bits of masks without digests, and refuse any but those that this folder's run began with.
 
         Raises UserError, on every rank. Collectives: for each such mask that of ``check_mask_bits``, and a broadcast.
         """
@@ -261,8 +261,8 @@ class StageRun(ABC, Generic[Inputs]):
 
     def _is_finished(self) -> bool:
         """Whether there is nothing left to do; rank 0 says so. Raises UserError, on every rank, where the folder is
-        another stage's, results are no longer what they were, or models, judges or templates are others by now: the
-        results would be taken for theirs.
+        another stage's, results are no longer what they were, or models, judges or templates have changed: the results
+        would be taken for theirs.
 
         Collectives: a broadcast; of a finished run also a gather, and those of ``_check_sources`` and
         ``known_fingerprint``.
@@ -425,7 +425,7 @@ class StageRun(ABC, Generic[Inputs]):
 
     @property
     def fingerprint(self) -> str:
-        """Of the model; known once the run has begun."""
+        """The model's fingerprint; known once the run has begun."""
         assert self._fingerprint is not None
         return self._fingerprint
 
@@ -437,7 +437,7 @@ class StageRun(ABC, Generic[Inputs]):
         self.begin_with(self.model_fingerprint(ModelSource.of(self.config.model), model.parameters))
 
     def known_fingerprint(self) -> str:
-        """Of the model, from its files alone. One gather."""
+        """The model's fingerprint, from its files alone. One gather."""
         source = ModelSource.of(self.config.model)
         section = self.config.model
         parameters = meta_parameters(load_model_config(source), source, section.roles, section.dtype)

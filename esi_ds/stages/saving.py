@@ -35,7 +35,7 @@ class SaveClock:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """To be entered for every save, which is timed."""
+        """A context manager around every save, which it times."""
         started = self._clock()
         yield
         self._last_save = self._clock()

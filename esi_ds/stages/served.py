@@ -66,7 +66,7 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> str:
-        """In place of the weights': what is known of them."""
+        """What is known of the weights, in place of their fingerprint."""
         name = self.endpoint.replies_as
         return f"endpoint:{self.endpoint.model}" + (f" as {name}" if name else "")
 
@@ -109,7 +109,7 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         if num_left:
             last = runtime.broadcast_object(self.last_problem)
             problem = f"gave no answer to {counted(num_left, 'prompt')} (the last: {last})"
-            remedy = f"start again {ONCE_IT_WORKS}: they are asked anew"
+            remedy = f"start again {ONCE_IT_WORKS}: they will be asked again"
             raise UserError(model.field, model.endpoint.url, problem, remedy)
 
     def key(self, question: AnswerRow) -> Key:

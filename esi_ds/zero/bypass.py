@@ -28,7 +28,7 @@ REMEDY = (
 def refuse_outer_masters(field: str, name: str, tensor: Tensor) -> None:
     """Raise UserError where DeepSpeed's ZeRO 1, 2 or bf16 optimizer trains copies of a parameter."""
     if hasattr(tensor, "_hp_mapping"):
-        problem = "is trained by DeepSpeed's ZeRO stage 1 or 2, which steps other tensors than parameters"
+        problem = "is trained by DeepSpeed's ZeRO stage 1 or 2, which steps copies of the parameters"
         raise UserError(field, name, problem, "use stage 3, or plain PyTorch")
 
 
@@ -45,7 +45,7 @@ def refuse_other_rules(zero_optimizer: Any) -> None:
     """Raise UserError where a ZeRO-3 engine updates weights by other rules than its optimizer's."""
     ratio = getattr(zero_optimizer, "partial_offload", 1.0)
     if getattr(zero_optimizer, "offload_optimizer", False) and ratio != 1.0:
-        problem = "has DeepSpeed step the weights that are not offloaded by an AdamW of its own"
+        problem = "lets DeepSpeed's own AdamW step the weights that are not offloaded"
         raise UserError("offload_optimizer.ratio", ratio, problem, "set it to 1, or use esi_ds.freeze")
     if getattr(zero_optimizer, "use_muon", False):
         problem = "would step gradients that DeepSpeed has orthogonalised for Muon"

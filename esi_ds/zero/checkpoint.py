@@ -39,7 +39,7 @@ PREFIX = "position-"
 STATE = "state.json"
 FIELD, REMEDY = (
     "run.output_dir",
-    "delete this checkpoint to begin its part of the run anew, or give a new run.output_dir",
+    "delete this checkpoint to start its part of the run over, or give a new run.output_dir",
 )
 WITHOUT_DIGESTS = "{}: a checkpoint of an earlier version, without digests: it is taken as it is"
 TensorParts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → (first flat index, values [n]) of this rank's parts
@@ -48,7 +48,7 @@ TensorParts = Mapping[str, Sequence[tuple[int, Tensor]]]  # key → (first flat 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None. Rank 0 decides: other hosts may see an older state.
 
-    Raises UserError, on every rank, where it was altered, or is of another run. The ranks share the reading.
+    Raises UserError, on every rank, if it was altered or belongs to another run. The ranks share the reading.
     Collectives: one broadcast and one gather.
     """
     newest = runtime.from_main(lambda: _newest_of_run(folder))
@@ -83,7 +83,7 @@ def _problems(checkpoint: Path, rank: int, ranks: int) -> list[str]:
     try:
         digests = check_type(read_state(checkpoint).get("files", {}), dict[str, str])
         return [
-            f"{name} was altered since it was written (its sha256 is another)"
+            f"{name} was altered since it was written (its sha256 differs)"
             for name in sorted(digests)[rank::ranks]
             if check_regular(checkpoint / name) and file_sha256(checkpoint / name) != digests[name]
         ]
@@ -124,7 +124,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(FIELD, str(checkpoint), f"{STATE} was altered since it was written", REMEDY)
     with reading(FIELD, checkpoint, REMEDY):
         if check_type(state.get("position"), int) != int(checkpoint.name.removeprefix(PREFIX)):
-            raise ValueError(f"its {STATE} is of another position")
+            raise ValueError(f"its {STATE} was written for another position")
         check_type(state.get("world_size"), int)
     return state
 

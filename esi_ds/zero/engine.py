@@ -232,7 +232,7 @@ class ShardedModel:
         self._is_closed = True
         self.engine.destroy()
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        for module in self.module.modules():  # tensors that are no buffers are let go of: others may share them
+        for module in self.module.modules():  # tensors that are not buffers are only dropped: others may share them
             for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
                 delattr(module, name)
         for parameter in map(attributes, self.module.parameters()):
@@ -289,8 +289,8 @@ def _keep_together(block: nn.Module) -> None:
 def check_leaves(module: PreTrainedModel) -> None:
     """Raise UserError where one of ZeRO's leaf modules looks up embeddings.
 
-    With an optimizer ZeRO reduces a leaf's gradients in its full backward hook. That of a module which is given token
-    ids, of which none has a gradient, runs before the leaf's own gradients exist: zeros would be reduced.
+    With an optimizer ZeRO reduces a leaf's gradients in its full backward hook. The hook of a module whose inputs are
+    token ids, which have no gradient, runs before the leaf's own gradients exist: zeros would be reduced.
     """
     embedding: nn.Module | None = None
     with suppress(UserError):  # a model that does not say which it is

@@ -85,7 +85,7 @@ def _mended(run_experts: Callable[..., Tensor]) -> Callable[..., Tensor]:
         weights = (zero_idle_gradient(weight, num_tokens) for weight in (w1, w2, w3))
         return run_experts(*weights, x, num_tokens, *options)
 
-    mended.zeroes_idle = True  # type: ignore[attr-defined]
+    mended.zeroes_idle = True  # type: ignore[attr-defined]  # a mark on the function
     return mended
 
 
@@ -185,7 +185,7 @@ class Probe:
         difference = (self._answer(module) - self._expected).norm(dim=-1) / self._expected.norm(dim=-1)
         # The median, because in half precision an occasional token goes to another expert of the same score.
         if not float(difference.median()) <= PROBED_DIFFERENCE:
-            problem = f"computes another function than the model's {self._name} (off by {difference.median():.1%})"
+            problem = f"does not compute what the model's {self._name} computes (off by {difference.median():.1%})"
             raise UserError(FIELD, None, problem, REMEDY)
 
 

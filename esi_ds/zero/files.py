@@ -174,8 +174,8 @@ class FolderFiles:
 
     @contextmanager
     def _opened(self, file: str) -> Iterator[FileIO]:
-        """The file, for writing only: of one that may be read too, an NFS client reads each page that it writes a part
-        of, and later writes the whole page back, over what another host has put there in the meantime."""
+        """The file, opened for writing only. If it could be read as well, an NFS client would read each page that it
+        writes a part of, and later write the whole page back, over what another host has put there in the meantime."""
         path = wait_until_visible(self.folder / file)
         with writing(path), open(os.open(path, os.O_WRONLY), "wb", buffering=0) as opened:
             yield opened
@@ -263,9 +263,9 @@ def by_parameter(shards: Iterable[Shard], values: Mapping[str, Tensor]) -> dict[
 def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], ScoresMetadata]:
     """float32 scores [shard.numel] by shard's name, and what they say of themselves.
 
-    Of the scores only these shards' bytes are kept; the digests are checked of whole parameters, which the ranks share.
-    Raises UserError naming ``field``, on every rank, where the folder does not hold scores of these parameters, or
-    others than were written. Collectives: one gather.
+    Only these shards' bytes of the scores are kept. Digests are checked of whole parameters, which the ranks share out.
+    Raises UserError naming ``field``, on every rank, where the folder does not hold scores of these parameters, or not
+    those that were written. Collectives: one gather.
     """
     stored = ScoreFolder(folder, field)
     problems = runtime.gather_objects(stored.problems(runtime.rank(), runtime.world_size()))

@@ -85,8 +85,8 @@ class Monitors:
 
 
 def _csv_name(name: str) -> str:
-    """What the CSV monitor, which names a file after each curve, is told that the curve is called: of a name that is
-    too long for a file, the end behind a digest of the whole."""
+    """The curve's name for the CSV monitor, which names a file after it. A name too long for a file is cut to its end,
+    behind a digest of the whole."""
     encoded = os.fsencode(name)
     if len(encoded) <= MAX_NAME - len("..csv.tmp"):  # as the file is called while it is written anew
         return name

@@ -482,7 +482,7 @@ def refresh_master(master: Tensor, tensor: Tensor) -> None:
 
 
 def partition_of(name: str, tensor: Tensor) -> Shard:
-    """This rank's partition of a parameter under ZeRO-3, without padding; all of one that is not partitioned."""
+    """This rank's partition of a parameter under ZeRO-3, without padding; the whole of one that is not partitioned."""
     return whole(Parameter(name, whole_shape(tensor), 0, "other", ())).cut(*local_range(tensor))
 
 
@@ -571,7 +571,7 @@ def _check(
     """
     for name, tensor in named.items():
         if isinstance(tensor, DTensor):
-            problem = "is a DTensor: FSDP or tensor parallelism holds other parts of it than a mask can be cut into"
+            problem = "is a DTensor: a mask cannot be cut as FSDP or tensor parallelism cuts weights"
             raise UserError("params_or_model", name, problem, "use ZeRO-3, or plain PyTorch")
         if not tensor.is_floating_point() or "4bit" in type(tensor).__name__ or "8bit" in type(tensor).__name__:
             raise UserError(

@@ -141,8 +141,8 @@ def _claim_gpu(store: torch.distributed.Store, rank: int, uuid: str) -> None:
     if owner != str(rank):
         problem = f"has the same GPU as rank {owner} ({uuid})"
         remedy = (
-            "start one rank per GPU: the launcher, or CUDA_VISIBLE_DEVICES, must show each rank of a host another one, "
-            "or all of them"
+            "start one rank per GPU: the launcher, or CUDA_VISIBLE_DEVICES, must show each rank of a host a GPU of "
+            "its own, or all of them"
         )
         raise UserError("rank", rank, problem, remedy)
 

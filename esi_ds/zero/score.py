@@ -32,8 +32,8 @@ def unit_sigmas(model: ShardedModel) -> dict[Unit, float]:
 
 
 def with_rows(table: Tensor, parts: Mapping[int, Tensor]) -> Tensor:
-    """The table, which lies on the CPU, with these rows set, which may lie on a GPU. All are read at once, so that it
-    is waited for once."""
+    """The table, which lies on the CPU, with these rows set, which may lie on a GPU. All rows are copied in one
+    transfer, so the GPU is waited for only once."""
     if parts:
         table[list(parts)] = torch.stack(list(parts.values())).cpu()
     return table
@@ -158,7 +158,7 @@ def silent_experts(rows: Iterable[UnitRow]) -> str | None:
     return (
         f"WARNING: every routed expert of {len(silent)} of {len(largest)} layers has a score of exactly 0 (layers "
         f"{', '.join(silent)}): no gradient reaches them, and their scores say nothing. Does the model's own code run "
-        "its experts without gradients where it does not train?"
+        "its experts without gradients outside training?"
     )
 
 

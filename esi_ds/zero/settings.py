@@ -23,7 +23,7 @@ def with_prefetch(settings: dict[str, Any], device_type: str) -> dict[str, Any]:
     """A resolved mapping whose prefetch bucket suits the device, where the mapping names none. No collectives.
 
     A collective's buffer is a new one every time. glibc takes buffers above 32 MiB from the system and gives them back
-    at once, and the system zeroes every page anew, in every step (docs/zero3.md §13); smaller ones come from the
+    at once, and the system zeroes every page again in every step (docs/zero3.md §13); smaller ones come from the
     process's own heap: ``CPU_PREFETCH`` takes 8 MB in fp32. GPUs keep DeepSpeed's default: PyTorch keeps their memory.
     """
     zero = settings["zero_optimization"]

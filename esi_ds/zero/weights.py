@@ -39,7 +39,7 @@ from esi_ds.tensor_files import StoredTensor, read_header
 from esi_ds.zero import runtime
 from esi_ds.zero.partitioned import attributes, is_partitioned, local_range, whole_shape
 
-OTHER_SHAPES = "holds weights of other shapes than its configuration says"
+OTHER_SHAPES = "holds weights whose shapes do not match its configuration"
 
 
 class WrongShape(ValueError):

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     everything = all_cells(plan, args.data)
     cells = in_running_order(with_needs(everything, args.only), plan.grid.first)
     if not cells:
-        raise UserError("--only", args.only, "is the beginning of no cell's name", "see --list")
+        raise UserError("--only", args.only, "is not the start of any cell's name", "see --list")
     check_models(plan, everything, models_needed=not (args.list or args.collect))
     if args.list:
         show(plan, cells)

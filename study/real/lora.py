@@ -2,7 +2,7 @@
 
 python -m study.real.lora --config FILE --rank 4 --targets q_proj v_proj
 
-Not resumable: a start after a kill begins anew.
+Not resumable: a start after a kill starts over.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def frontier(methods: Mapping[str, Sequence[Row]]) -> Figure:
     larger the point. The target, at most 10 % of both, is shaded."""
     kept = [row["report"] for rows in methods.values() for row in rows]
     rates = [100 * part[column][0] for part in kept for column in ("not refused", "over-refused") if column in part]
-    edge = min(100.0, 1.1 * max([20.0, *rates]))  # where no rate lies is no room for them
+    edge = min(100.0, 1.1 * max([20.0, *rates]))  # an empty range has no room for them
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
         for number, (name, rows) in enumerate(methods.items()):

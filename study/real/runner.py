@@ -125,10 +125,10 @@ def is_done(cell: Cell, output: Path) -> bool:
         command = shlex.split(record["steps"][step.stage]["command"])
         if step.arguments and command[-len(step.arguments) :] != list(step.arguments):
             remedy = "give another --output, or delete the cell's folder"
-            raise UserError("--output", folder, "was run with other arguments than the grid has now", remedy)
+            raise UserError("--output", folder, "was run with arguments other than the grid's", remedy)
         if step.config is not None and _settings(file.read_text(encoding="utf-8")) != _settings(dump_yaml(step.config)):
             remedy = "give another --output, or delete the cell's folder"
-            raise UserError("--output", folder, "was run with another config than the grid has now", remedy)
+            raise UserError("--output", folder, "was run with a config other than the grid's", remedy)
     return True
 
 
@@ -155,7 +155,9 @@ def check_models(plan: Plan, cells: Sequence[Cell], models_needed: bool = True) 
             remedy = "give another --output, or delete this cell's folder"
             raise UserError("--output", folder, "does not say with which models it was run", remedy)
         if others := [model for model in now if of_cell.get(model) != now[model]]:
-            remedy = f"give another --output, or the --models of then: {plan.folders.models} has others now"
+            remedy = (
+                f"give another --output, or the --models that it was run with: {plan.folders.models} holds others now"
+            )
             raise UserError("--output", folder, f"was run with another {others[0]}", remedy)
         if others := [model for model in model_names(plan) if of_cell.get(model) != of_first.get(model)]:
             remedy = "give another --output, or delete the folders of the cells that were run with other models"
@@ -215,7 +217,7 @@ class Runner:
         return outcomes
 
     def cell(self, cell: Cell) -> Outcome:
-        """Run a cell's commands. Raises Interrupted, and UserError where models were made anew meanwhile."""
+        """Run a cell's commands. Raises Interrupted, and UserError where the models have been made again meanwhile."""
         folder = self.plan.folders.output / cell.name
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)

@@ -180,7 +180,7 @@ class TuneCells:
     # ------------------------------------------------------------ SPA
 
     def spa_masks(self) -> Iterator[Cell]:
-        """Masks of other ratios, selected anew from the scores of the main estimator on the aligned model."""
+        """Masks of other ratios, selected again from the scores of the main estimator on the aligned model."""
         source = self.where_cell(self.aligned, self.size.seeds[0])
         run = self.run_folder(source)
         for frozen in self.plan.grid.spa.frozen:

@@ -92,7 +92,7 @@ def mark_of(data: Mapping[str, Any], method: str, rate: float) -> str:
 
 
 def open_rates(data: Mapping[str, Any]) -> str:
-    """Which of the compared rates are no bracketed ones; empty where all are."""
+    """Which of the compared rates are not bracketed; empty where all are."""
     tests = data["set_tests"]
     compared = {(test["method"], test["rates"][0]) for test in tests} | {
         (test["against"], test["rates"][1]) for test in tests

@@ -38,7 +38,7 @@ def flags_of(evaluation: Path) -> Row:
 
 def with_verdicts(tests: Sequence[Row]) -> list[Row]:
     """With Holm's p over the tests of at least two seeds, and a verdict (``study.findings.judged``); tests of one seed
-    or of none say so and are no part of that family."""
+    or of none say so and are not part of that family."""
     several = iter(judged([test for test in tests if test["seeds"] > 1]))
     fewer = {0: "no seed where both get there", 1: "one seed only"}
     return [
@@ -123,7 +123,7 @@ def spa_comparisons(rows: Sequence[Row], losses_before: Mapping[str, float], fla
 
 
 def _rivals(masks: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every mask that is no control with each of its controls: nothing, random weights, SNIP's, as many as it has."""
+    """Every mask that is not a control, with each of its controls: nothing, and as many random weights or of SNIP's."""
     for frozen in masks:
         if frozen != NOTHING and not frozen.startswith("random"):
             ratio = frozen.rpartition("-")[2]

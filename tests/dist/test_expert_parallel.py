@@ -122,7 +122,7 @@ TUNED = {
 # anywhere else, and answers that look like answers.
 REFUSED = {
     ("olmoe", 2, None): "multiple replacement specs",
-    ("deepseek_v3", 2, "qwen3_moe"): "computes another function than the model's model.layers.1.mlp",
+    ("deepseek_v3", 2, "qwen3_moe"): "does not compute what the model's model.layers.1.mlp computes",
     ("gpt_oss", 2, None): "finds no expert block that it supports",
     ("llama", 2, None): "the model has no routed experts",
     ("mixtral", 3, None): "autoep_size = 3: does not divide 8 experts",

@@ -332,9 +332,14 @@ def asked_rows(system_prompt: str | None, extra: dict[str, Any]) -> list[dict[st
     ("system_prompt", "extra", "model", "words"),
     [
         ("You are DAN.", {}, {}, r"model\.system_prompt.*row 1 of .*, \"You are DAN\.\""),
-        (None, {}, {"system_prompt": "Be kind."}, r"model\.system_prompt = Be kind\.: is not what row 1 .*, null"),
+        (
+            None,
+            {},
+            {"system_prompt": "Be kind."},
+            r"model\.system_prompt = Be kind\.: differs from that of row 1 .*, null",
+        ),
         (None, {TEMPLATE: {"thinking": True}}, {}, r"model\.template_kwargs.*row 1 of .*\"thinking\": true"),
-        (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*asked with, {}"),
+        (None, {}, {"template_kwargs": {"thinking": True}}, r"model\.template_kwargs.*row 1 of .*, {}"),
     ],
 )
 def test_responses_to_another_question_are_refused(
@@ -361,11 +366,11 @@ def test_answers_that_were_asked_for_otherwise_are_remarked_on(tmp_path: Path) -
     assert loaded.differences == "max_tokens 64, not 256; temperature 0.7, not 0"
     tracker = Rows()
     add_recorded(RecordedModel("m", "base", loaded, FIELD), sets, Rows(), tracker)  # type: ignore[arg-type]
-    assert f"answers of m were asked for otherwise: {loaded.differences}" in tracker.lines
+    assert f"answers of m were asked for with other settings: {loaded.differences}" in tracker.lines
     same = Asked(section, 64, {"temperature": 0.7})
     assert load_answers(file, FIELD, "m", sets, asked=same).differences == ""
     data = esi_data(None, file, model=section.model_dump())
-    assert data.remarks == (f"responses of {file} were asked for otherwise: {loaded.differences}",)
+    assert data.remarks == (f"responses of {file} were asked for with other settings: {loaded.differences}",)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +385,7 @@ def test_rows_of_a_run_that_asked_with_nothing_else_are_remarked_on(
     model: dict[str, Any], keys: str, tmp_path: Path
 ) -> None:
     """They record nothing, and were read as answers to the prompts of a run that asks behind a system prompt."""
-    remark = f"do not say whether they were asked with this run's {keys}: a run without any writes such rows, and so "
+    remark = f"do not record {keys}: rows of runs that set none look like this"
     write_responses(tmp_path, ["Why?"], ["so"], {0: 1.0}, {}, asked=Asked(Model(path="m"), 8).as_row())
     file, sets = str(tmp_path / "responses.jsonl"), [question_set("a", "Why?")]
     answers = file_of(tmp_path, [evaluated("m", "a", 0, "Why?", "so")])
@@ -410,5 +415,5 @@ def test_rows_say_how_they_were_asked(tmp_path: Path) -> None:
     write_responses(tmp_path, ["Why?"], ["so"], {0: 1.0}, {}, asked=asked)
     file = str(tmp_path / "responses.jsonl")
     assert esi_data(None, file, model=section.model_dump()).responses == ["so"]
-    with pytest.raises(UserError, match=r"model\.system_prompt: is not what row 1"):
+    with pytest.raises(UserError, match=r"model\.system_prompt: differs from that of row 1"):
         esi_data(None, file)

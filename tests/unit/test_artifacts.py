@@ -146,7 +146,10 @@ def test_paths_that_can_be_no_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"run\.output_dir"):
             RunFolder(str(path)).open(make_config())
     (tmp_path / "link").symlink_to(tmp_path / "purged")
-    for path, words in ((tmp_path / "link", "leads nowhere"), (tmp_path / ("x" * 300), "is not the name of a folder")):
+    for path, words in (
+        (tmp_path / "link", "is a dangling link"),
+        (tmp_path / ("x" * 300), "is not the name of a folder"),
+    ):
         with pytest.raises(UserError, match=rf"run\.output_dir.*{words}"):
             RunFolder(str(path)).open(make_config())
     for path in ("~/runs", "~nouser/run", "a\0b"):

@@ -157,7 +157,9 @@ def test_a_checkpoint_of_another_run_is_refused(below: str, tmp_path: Path) -> N
         restore(tmp_path / name / below)
     shutil.rmtree(tmp_path / "mine/checkpoint")
     shutil.copytree(tmp_path / "other/checkpoint", tmp_path / "mine/checkpoint")
-    with pytest.raises(UserError, match=r"run\.output_dir = .*position-4: is of another run; delete this checkpoint"):
+    with pytest.raises(
+        UserError, match=r"run\.output_dir = .*position-4: belongs to another run; delete this checkpoint"
+    ):
         restore(tmp_path / "mine" / below)
     restore(tmp_path / "other" / below)
     newest = tmp_path / "mine" / below / "position-4"

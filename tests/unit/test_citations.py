@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from import_boundaries import WITHOUT_TORCH
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [
     "esi_ds",
     "tests",
@@ -146,3 +149,65 @@ def test_named_functions_exist() -> None:
                     problems.append(f"docs/{page}: {path} does not define {name}")
     assert not problems, "\n".join(problems)
     assert num_names > 50
+
+
+def test_every_row_of_the_method_names_a_function() -> None:
+    """The last cell of a table's row, where it cites a module: only then does the test above see it renamed."""
+    rows = [line for line in (ROOT / "docs/method.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [row.rstrip("| ").rpartition(" | ")[2] for row in rows]
+    cited = [module for cell in cells for module in re.findall(r"`[\w/]+\.py[^`]*`", cell)]
+    assert len(cited) > 50
+    assert not [module for module in cited if not MODULE.fullmatch(module)]
+
+
+def test_the_layout_names_every_module() -> None:
+    """Of the package and of what its stages share, in docs/design.md §2."""
+    section = (ROOT / "docs/design.md").read_text().partition("\n## 2. ")[2].partition("\n## 3. ")[0]
+    layout = section.partition("```\n")[2].partition("```")[0]
+    words = set(re.findall(r"\w+", layout))
+    paths = [path for folder in ("esi_ds", "esi_ds/stages") for path in (ROOT / folder).iterdir()]
+    modules = {path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert len(modules) > 40
+    assert not modules - words - {"__init__"}
+    (listed,) = re.findall(r"without circles\.\n(.*?) import no torch", section, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed)) == WITHOUT_TORCH
+
+
+SHORT = {  # docs/zero3.md's names for DeepSpeed's files
+    "z3": "runtime/zero/stage3.py",
+    "pp": "runtime/zero/partition_parameters.py",
+    "eng": "runtime/engine.py",
+}
+FACT = re.compile(
+    r"(?:`(?P<code>[^`\n]+)` )?\(?`?(?P<file>\b(?:z3|pp|eng)|[\w/]+\.py):(?P<first>\d+)(?:-(?P<last>\d+))?"
+)
+
+
+@pytest.mark.parametrize(
+    ("package", "release", "prefix"), [("deepspeed", "0.19.8", ""), ("transformers", "5.23", "tf/")]
+)
+def test_the_facts_about_libraries_name_their_lines(package: str, release: str, prefix: str) -> None:
+    """Each ``file:line`` of docs/zero3.md is a line of the release that it cites, and a name in front of the line of a
+    definition is within three lines of it."""
+    if not f"{version(package)}.".startswith(f"{release}."):
+        pytest.skip(f"docs/zero3.md cites {package} {release}")
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    problems, num_facts = [], 0
+    for fact in FACT.finditer((ROOT / "docs/zero3.md").read_text()):
+        path = SHORT.get(fact["file"], fact["file"])
+        if path.startswith("tf/") != bool(prefix):
+            continue
+        num_facts += 1
+        file = Path(spec.origin).parent / path.removeprefix(prefix)
+        lines = file.read_text().splitlines() if file.is_file() else []
+        first, last = int(fact["first"]), int(fact["last"] or fact["first"])
+        if not first <= last <= len(lines):
+            problems.append(f"{fact[0]}: no such line")
+        function = re.fullmatch(r"(?:\w+\.)*(\w+)(?:\(.*\))?", fact["code"] or "")
+        name = function[1] if function else ""
+        defined = [n for n, line in enumerate(lines, 1) if name and re.match(rf"\s*(def|class) {name}\b", line)]
+        if defined and not any(n - 3 <= last and first <= n + 3 for n in defined):
+            problems.append(f"{fact[0]}: {name} is at line {defined[0]}")
+    assert not problems, "\n".join(problems)
+    assert num_facts >= 4

@@ -1,4 +1,4 @@
-"""docs/files.md names every Python file outside of tests/, and every folder of tests/."""
+"""docs/files.md names every Python file outside of tests/, every folder and helper of tests/, and every page."""
 
 from __future__ import annotations
 
@@ -58,6 +58,16 @@ def test_every_folder_of_the_tests_is_named() -> None:
     tests = entries((ROOT / "docs/files.md").read_text())["tests/"]
     folders = {folder.name for folder in (ROOT / "tests").glob("[!_.]*") if list(folder.glob("[!_.]*"))}
     assert folders and folders <= set(re.findall(r"(\w+)/", tests))
+
+
+def test_every_helper_of_the_tests_and_every_page_is_named() -> None:
+    """README.md links the pages, too."""
+    listed = entries((ROOT / "docs/files.md").read_text())
+    helpers = {file.stem for file in (ROOT / "tests").glob("*.py")}
+    pages = {file.stem for file in (ROOT / "docs").glob("*.md")}
+    assert len(helpers) > 10 and helpers <= set(re.findall(r"\w+", listed["tests/"]))
+    assert len(pages) > 20 and pages <= set(re.findall(r"\w+", listed["docs/"]))
+    assert pages <= set(re.findall(r"\]\(docs/(\w+)\.md\)", (ROOT / "README.md").read_text()))
 
 
 @pytest.mark.parametrize("lost", ["a/other.py", "a/b/one.py", "b/one.py", "setup.py"])

@@ -157,7 +157,7 @@ def test_test_cases_without_their_behaviors(tmp_path: Path) -> None:
     path, behaviors = written(tmp_path, "test_cases.json", CASES), written(tmp_path, "b.csv", BEHAVIORS[:2])
     with pytest.raises(UserError, match=r"data\.prompts\.behaviors.*is missing.*harmbench_behaviors_text_all\.csv"):
         load_prompts(path)
-    with pytest.raises(UserError, match=r"has no behaviour 'letter_context' and 1 more, of which"):
+    with pytest.raises(UserError, match=r"has no behaviour 'letter_context' and 1 more, for which"):
         load_prompts(path, behaviors=behaviors)
     with pytest.raises(UserError, match=r"behaviors.*has no column BehaviorID"):
         load_prompts(path, behaviors=written(tmp_path, "c.csv", [("a", "Behavior"), ("b", "c")]))

@@ -214,7 +214,7 @@ def test_a_full_cache_is_not_blamed_on_the_model(
             raise RuntimeError("Data processing error: CAS service error") from error
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match=r"HF_HOME = .*cannot take .*\(disk quota exceeded\); make room there, or set"):
+    with pytest.raises(UserError, match=r"HF_HOME = .*cannot store .*\(disk quota exceeded\); make room there, or set"):
         read(ModelSource("org/model"))
 
 

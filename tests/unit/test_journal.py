@@ -178,10 +178,10 @@ def test_rows_of_another_run_are_refused(below: str, tmp_path: Path) -> None:
     for path in (files["other"], record_path(files["other"])):
         shutil.copy(path, tmp_path / "mine" / path.relative_to(tmp_path / "other"))
     with pytest.raises(
-        UserError, match=r"answers\.jsonl\.sha256\.json: is of another run; delete it and answers\.jsonl"
+        UserError, match=r"answers\.jsonl\.sha256\.json: belongs to another run; delete it and answers\.jsonl"
     ):
         read(files["mine"])
-    with pytest.raises(UserError, match="of another run"):
+    with pytest.raises(UserError, match="belongs to another run"):
         check_file(files["mine"])
     assert read(files["other"]) == ROWS
 

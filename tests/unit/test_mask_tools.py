@@ -113,13 +113,13 @@ def test_masks_that_were_made_otherwise_are_told_apart_first(tmp_path: Path, cap
     first = Mask.load(tmp_path / "one").fingerprint
     told = {
         "one": "",
-        "weights": f"the masks were made otherwise: from other weights (fingerprints {first} and c:d)\n",
-        "order": "the masks were made otherwise: order top and bottom\n",
+        "weights": f"the masks were made differently: from other weights (fingerprints {first} and c:d)\n",
+        "order": "the masks were made differently: order top and bottom\n",
     }
     for name, line in told.items():
         assert main(["compare", str(tmp_path / "one"), str(tmp_path / name)]) == 0
         output = capsys.readouterr().out
-        assert output.startswith(line) and ("made otherwise" in output) == bool(line), output
+        assert output.startswith(line) and ("made differently" in output) == bool(line), output
 
 
 def test_what_cannot_be_read_or_made_is_told(tmp_path: Path, capsys) -> None:

@@ -252,9 +252,9 @@ def test_a_killed_cell_goes_on_with_its_next_command(plan: Plan) -> None:
     assert commands.ran == ["a:eval"] and record["starts"] == 2 and record["seconds"] == 13 * MINUTE
     assert "launch/set.py" in record["steps"]["set"]["command"]
     other = [Cell("where/a", "x", (Step("set", {"a": 2}), Step("eval", {"a": 1})))]
-    with pytest.raises(UserError, match="another config"):
+    with pytest.raises(UserError, match="a config other than the grid's"):
         is_done(other[0], plan.folders.output)
-    with pytest.raises(UserError, match="other arguments"):
+    with pytest.raises(UserError, match="arguments other than the grid's"):
         is_done(Cell("where/a", "x", (Step("set", {"a": 1}, ("--rank", "64")),)), plan.folders.output)
     elsewhere = [Step(stage, {"a": 1, "deepspeed": "/other/zero3.json"}) for stage in ("set", "eval")]
     assert is_done(Cell("where/a", "x", tuple(elsewhere)), plan.folders.output)
@@ -419,7 +419,7 @@ def test_no_prompt_is_in_two_seeds_and_other_rows_are_refused(plan: Plan, tmp_pa
     assert not set(asked["choose-benign"]) & set(asked["report-benign"])
     write_files(tmp_path / "data", files)
     write_files(tmp_path / "data", files)
-    with pytest.raises(UserError, match="other rows"):
+    with pytest.raises(UserError, match="rows other than"):
         write_files(tmp_path / "data", {**files, "advbench-s0": [{"prompt": "another"}]})
 
 

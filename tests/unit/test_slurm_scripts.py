@@ -108,7 +108,7 @@ def test_a_task_of_an_array_has_its_own_set_of_prompts_whatever_its_name_holds(s
 @pytest.mark.parametrize(
     ("says", "code"),
     [
-        ("error: model.path = x: is no folder; give one\\n", 2),
+        ("error: model.path = x: is not a folder; give one\\n", 2),
         ("bar 3/7\\nrank 1 failed: writing x: no space left on device\\n", 1),
         ("rank 1 failed: lost another rank (closed)\\nrank 0 failed: \\nTraceback\\n", 1),
         ("Fatal Python error: Aborted\\n", 1),
@@ -207,8 +207,8 @@ def test_a_pipeline_that_is_called_wrongly_says_how(site: Path) -> None:
     (site / "e.yaml").write_text("model: {path: tune}  # eval: none, tune: none\n")
     usual = ["--runs", "runs", "--esi", "e.yaml"]
     for more, said in (
-        (["--bogus", "1"], "--bogus: is no option of this script"),
-        (["--nodes=2"], "--nodes=2: is no option of this script; see --help, and give options of sbatch after --"),
+        (["--bogus", "1"], "--bogus: is not an option of this script"),
+        (["--nodes=2"], "--nodes=2: is not an option of this script; see --help, and give options of sbatch after --"),
         (["--set"], "--set: has no value"),
         (["--seeds", ""], "--seeds: has no value; give one, or leave --seeds out"),
         (["--prompts", ""], "--prompts: has no value"),

@@ -336,7 +336,7 @@ def test_a_cells_flags(tmp_path: Path) -> None:
     assert (flags["correct"], flags["over_refused"], flags["incoherent"]) == ([True], [False], [False, True, False])
     answers[2]["prompt"] = "of another version of the held-out file"
     (tmp_path / "set/m/x/answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    with pytest.raises(ValueError, match="other prompts"):
+    with pytest.raises(ValueError, match="prompts other than"):
         row_of(cell, tmp_path)
 
 
@@ -359,7 +359,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch) -> N
     prepare(tmp_path, (0,))
     prepare(tmp_path, (0, 1))
     monkeypatch.setattr(execute, "STEPS", execute.STEPS + 1)
-    with pytest.raises(UserError, match="holds cells of other steps"):
+    with pytest.raises(UserError, match="holds cells with other steps"):
         prepare(tmp_path, (0, 1, 2))
     assert not (tmp_path / "data/prompts-s2.jsonl").exists()
     kept = json.loads((tmp_path / "settings.json").read_text())
@@ -377,7 +377,7 @@ def test_a_folder_of_other_data_or_models_is_refused(tmp_path: Path, monkeypatch
     file.write_text("{}\n")
     prepare(tmp_path / "study", (0,))
     file.write_text("{ }\n")
-    with pytest.raises(UserError, match=f"holds cells of other {other}"):
+    with pytest.raises(UserError, match=f"holds cells with other {other}"):
         prepare(tmp_path / "study", (0,))
 
 
@@ -386,7 +386,7 @@ def test_rows_that_finished_cells_have_read_stay(tmp_path: Path, monkeypatch) ->
     file = tmp_path / "data/poisoned-train.jsonl"
     before = file.read_text()
     monkeypatch.setattr(material, "POISON", 0.3)
-    with pytest.raises(UserError, match="holds other rows"):
+    with pytest.raises(UserError, match="holds rows other than"):
         prepare(tmp_path, (0, 1))
     assert file.read_text() == before and not (tmp_path / "data/prompts-s1.jsonl").exists()
 
@@ -398,5 +398,5 @@ def test_some_of_the_seeds_can_be_run_and_no_others(tmp_path: Path, monkeypatch,
         assert all(names.issuperset(cell.after) for cell in grid.cells(seeds))
         assert estimate.sample_of(grid.cells(seeds))
     monkeypatch.setattr("sys.argv", ["study.run", "--output", str(tmp_path / "study"), "--seeds", "0", "3"])
-    assert main() == 2 and "--seeds = 3: is no seed of the study; give some of 0, 1, 2" in capsys.readouterr().err
+    assert main() == 2 and "--seeds = 3: is not a seed of the study; give some of 0, 1, 2" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()

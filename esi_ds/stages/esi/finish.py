@@ -65,7 +65,7 @@ class PromptOutcome:
 
     @property
     def name(self) -> str:
-        """Of the objective: safety or control."""
+        """The objective's name: safety or control."""
         return self.inputs.name
 
 
@@ -81,7 +81,7 @@ class LossOutcome:
 
     @property
     def name(self) -> str:
-        """Of the objective."""
+        """The objective's name."""
         return self.loss.name
 
     @property
@@ -193,7 +193,7 @@ def routing_rows(
 
 
 def title(config: Config) -> str:
-    """Of the report."""
+    """The report's title."""
     names = listed(["Expected Safety Impact" if name == "esi" else name for name in config.select.criteria])
     scores = names if names == "Expected Safety Impact" else f"{names} scores"
     return f"{scores}{', contrastive,' if config.select.contrastive else ''} of {config.model.path}"

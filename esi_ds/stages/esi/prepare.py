@@ -151,7 +151,7 @@ class PromptInputs:
 
     @property
     def prefix(self) -> str:
-        """Of files, metrics and batch sizes that both objectives have."""
+        """What begins the names of files, metrics and batch sizes that both objectives have."""
         return "" if self.name == "safety" else f"{self.name}_"
 
     @property
@@ -294,7 +294,7 @@ def _read_data(config: Config) -> PromptData:
     asked.check_system_prompt(rows, path)
     asked.check_template(rows, path)
     otherwise, unrecorded = asked.differences(rows), asked.unrecorded(rows)
-    problems = [f"were asked for otherwise: {otherwise}"] if otherwise else []
+    problems = [f"were asked for with other settings: {otherwise}"] if otherwise else []
     problems += [unrecorded] if unrecorded else []
     source, goals = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}, recorded_goals(rows)
     prompts, remarks = [row["prompt"] for row in rows], tuple(f"responses of {path} {what}" for what in problems)

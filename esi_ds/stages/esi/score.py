@@ -175,7 +175,7 @@ class ScoringPass:
 
     @cached_property
     def _digest(self) -> str:
-        """Of the numbers and tokens of the examples, in their order."""
+        """Digest of the numbers and tokens of the examples, in their order."""
         digest = hashlib.sha256()
         for example in self.objective.examples:
             digest.update(json.dumps([self.objective.index(example), *self.objective.tokens(example)]).encode())
@@ -309,7 +309,7 @@ class ScoringPass:
         if saved is not None:
             state = checkpoint.read_state(saved)
             if state.get("examples", self._digest) != self._digest:
-                problem = f"has the sums of other {self.objective.unit}s or responses than are to be scored now"
+                problem = f"holds sums of other {self.objective.unit}s or responses than this run's"
                 remedy = (
                     f"delete {self.folder.parent.name}/, to score all of them again, or give a new {checkpoint.FIELD}"
                 )

@@ -95,7 +95,7 @@ def add_recorded(
                 f"prompts of {question_set.name}: {first_of(list(lacking))}"
             )
     if recorded.differences:
-        tracker.remark(f"answers of {model.name} were asked for otherwise: {recorded.differences}")
+        tracker.remark(f"answers of {model.name} were asked for with other settings: {recorded.differences}")
     if recorded.unrecorded:
         tracker.remark(f"answers of {model.name} {recorded.unrecorded}")
     answers.add(rows)

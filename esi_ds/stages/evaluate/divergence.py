@@ -45,12 +45,12 @@ def benign_answers(inputs: EvalInputs, answers: Ledger[AnswerRow]) -> list[Answe
 def comparable(base: Candidate, other: Candidate, sets: Sequence[str]) -> str | None:
     """Why the two models cannot be compared token by token; None where they can. sets: of benign prompts."""
     if base.tokenizer.get_vocab() != other.tokenizer.get_vocab():
-        return "its tokenizer has another vocabulary than the base's"
+        return "its tokenizer's vocabulary differs from the base's"
     sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (base, other)]
     if sizes[0] != sizes[1]:
         return f"it has {sizes[1]} logits, the base {sizes[0]}"
     if any(ids != other.prompt_ids[key] for key, ids in base.prompt_ids.items() if key[0] in sets):
-        return "its chat template makes other prompts than the base's"
+        return "its chat template writes different prompts than the base's"
     return None
 
 

@@ -168,7 +168,7 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
             last = runtime.broadcast_object(self.last_problem)
             self._tracker.log(
                 f"judge {judge.name}: no verdict on {counted(num_left, 'answer')} (the endpoint's last problem: "
-                f"{last}); remove the run's manifest.json and start again {ONCE_IT_WORKS}: they are asked anew"
+                f"{last}); remove the run's manifest.json and start again {ONCE_IT_WORKS}: they will be asked again"
             )
 
     def key(self, question: UnjudgedAnswer) -> Key:

@@ -107,7 +107,7 @@ class RecordedModel:
 
     @property
     def fingerprint(self) -> str:
-        """In place of the weights': of the file."""
+        """The file's fingerprint, in place of the weights'."""
         return f"answers:{self.recorded.sha256}"
 
 

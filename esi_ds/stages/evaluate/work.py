@@ -53,7 +53,7 @@ class EvalRun(StageRun[EvalInputs]):
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        """Of every model by name. A gather a model."""
+        """The fingerprint of every model by name. One gather per model."""
         return {
             model.name: model.fingerprint
             if not isinstance(model, Candidate)
@@ -64,7 +64,7 @@ class EvalRun(StageRun[EvalInputs]):
         }
 
     def known_fingerprint(self) -> str:
-        """Of all models together. A gather a model."""
+        """One fingerprint of all models together. One gather per model."""
         return combined_fingerprint(self._fingerprints)
 
     def check_models(self, fingerprint: str) -> None:
@@ -173,7 +173,7 @@ class EvalRun(StageRun[EvalInputs]):
         """Results of lm-eval's tasks for every model; those on disk are not run again.
 
         Needs a whole copy of the model on every rank. Collectives: one gather per slice of a task's requests. Raises
-        Interrupted between two slices; an interrupted task begins anew.
+        Interrupted between two slices; an interrupted task starts over.
         """
         section, tasks, tracker, ledger = self.config.model, self.inputs.tasks, self.tracker, self._task_rows
         order = [(model.name, number) for model in self.inputs.candidates for number in range(len(tasks))]

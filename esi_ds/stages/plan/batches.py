@@ -58,8 +58,8 @@ def generation_rows(
 ) -> RowsAtATime:
     """Prompts that a rank would answer at a time. Prompts are taken to be as long as answers.
 
-    section: says how many, and how long answers are. weight: bytes of one. settings: of DeepSpeed. gpu: bytes of its
-    memory. beside: bytes of it that something else than the model takes.
+    section: gives the batch size and the length of answers. weight: bytes of one weight. settings: DeepSpeed's. gpu:
+    bytes of its memory. beside: bytes of that which something other than the model takes.
     """
     if isinstance(section.generation_batch_size, int):
         return RowsAtATime(section.generation_batch_size, False)
@@ -111,7 +111,7 @@ def esi_batches(
     settings: Mapping[str, Any],
     gpu: float,
 ) -> EsiBatches:
-    """Of an ESI run. settings: of DeepSpeed, resolved. gpu: bytes of its memory."""
+    """The batch sizes of an ESI run. settings: DeepSpeed's, resolved. gpu: bytes of its memory."""
     section, new_tokens = config.esi, config.esi.max_new_tokens
     weight = WEIGHT_BYTES[config.model.dtype]
     generation = generation_rows(

@@ -106,7 +106,7 @@ def _models_and_judges(config: Config) -> Iterator[ModelSource]:
 
 
 def _configuration(source: ModelSource, notes: list[str]) -> PretrainedConfig | None:
-    """Of a model, which may lack weights and tokenizer; None, and a note, where it is not there."""
+    """The configuration of a model, which may lack weights and tokenizer; None, and a note, where it is not there."""
     field, path = source.field, source.path
     if Path(path).is_dir():
         notes += missing_files(field, path)

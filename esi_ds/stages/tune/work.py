@@ -116,8 +116,7 @@ class TuneRun(StageRun[TuningInputs]):
         return model, partial(DenseTuner, model, optimizers[0])
 
     def _check_batches(self, model: ShardedModel) -> None:
-        """Raise UserError where a row's loss has no gradient, would be that of another text, or depend on the rows
-        beside it.
+        """Raise UserError if a row's loss has no gradient, depends on later tokens, or depends on the rows beside it.
 
         Collectives: those of ``check_gradient``, ``check_causal`` and ``batch_size_for``.
         """
