@@ -415,10 +415,10 @@ def test_spans_move_into_the_answer() -> None:
 )
 def test_a_long_response_of_marks_takes_no_time(unit: str) -> None:
     response = unit * max(1, 1_000_000 // len(unit))
-    started = time.monotonic()
+    started = time.process_time()
     answer = parts(response).answer
     spans_in_answer([(i, i + 1) for i in range(0, len(response), 5)], answer or [])
-    assert time.monotonic() - started < 10  # a quadratic search would take an hour
+    assert time.process_time() - started < 60  # a quadratic search would take an hour
 
 
 @settings(derandomize=True, deadline=None)
