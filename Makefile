@@ -61,7 +61,8 @@ bench: $(VENV)/.installed  ## speed and memory, as ratios within one run (benchm
 	$(BIN)/python -m benchmarks.several_masks
 
 gpu: $(VENV)/.installed  ## checks and figures on one GPU, at most eight minutes of them (docs/gpus.md), then the GPU tests
-	$(BIN)/python -m benchmarks.gpu; code=$$?; $(BIN)/python -m pytest -q -rs -n 0 tests/gpu && exit $$code
+	# All cores: one process, and launches of one rank.
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu; code=$$?; $(BIN)/python -m pytest -q -rs -n 0 tests/gpu && exit $$code
 
 study: $(VENV)/.installed  ## the tables of docs/results/tiny*.md, in runs/study/pages; at most 100 minutes on two cores; goes on where it stopped
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[study]'

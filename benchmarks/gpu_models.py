@@ -49,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "num_experts": 128,
         "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
     },
 }
 TINY = {

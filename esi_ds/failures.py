@@ -12,6 +12,8 @@ from pathlib import Path
 GONE = ("connection closed", "connection reset", "connection was likely closed", "remote process exited", "broken pipe")
 LATE = ("timed out", "timeout")
 FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded", errno.EROFS: "read-only"}
+# What the CUDA runtime, cuBLAS and NCCL say where a GPU's memory is full; also ROCm's.
+NO_MEMORY = re.compile(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED|Cuda failure.*out of memory|CUDA calloc")
 
 # Of what a file system cannot do at all: hard links, locks, or flushing a folder.
 UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -37,8 +39,8 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     for cause in causes:
         if (number := _number(cause)) in FULL:
             return _full(FULL[number], file, output_dir)
-        if _is_of_memory(cause):
-            return _out_of_memory(str(cause))
+        if (line := _lack_of_memory(cause)) is not None:
+            return _out_of_memory(line)
         if not _is_of_a_collective(cause):
             continue
         # Drop the line of gloo's source in front and the advice at the end.
@@ -59,11 +61,15 @@ def explain(error: BaseException, output_dir: str) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory is full."""
-    return any(map(_is_of_memory, _causes(error)))
+    return any(_lack_of_memory(cause) is not None for cause in _causes(error))
 
 
-def _is_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")
+def _lack_of_memory(error: BaseException) -> str | None:
+    """The line that says that a GPU's memory is full; None for any other error. Libraries beside torch allocate too."""
+    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+        return str(error)
+    lines = str(error).splitlines() if isinstance(error, RuntimeError) else []
+    return next(filter(NO_MEMORY.search, lines), None)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -13,8 +13,9 @@ MOST_ROWS = 64
 WHOLE_SHARE = 0.8  # of the free memory that the whole model may take during generation
 USABLE = 0.8  # share of the free memory; the rest is for fragments, workspaces and what the formulas leave out
 # Values that autograd keeps for each token and layer, in units of the width: norms keep their input and its fp32 copy,
-# attention its inputs, queries and output, the residual stream its sums; the MLP gate, up, activation and product.
-KEPT_HIDDEN, KEPT_INNER = 16, 5
+# attention its inputs, queries and output, the residual stream its sums; the MLP gate, up, activation and product. Each
+# further expert of a token keeps its own copy of the input, and its output.
+KEPT_HIDDEN, KEPT_INNER, KEPT_EXPERT = 16, 5, 3
 LOGIT_COPIES = 5  # fp32 copies of one row's logits while its surrogate is computed
 
 
@@ -22,7 +23,8 @@ LOGIT_COPIES = 5  # fp32 copies of one row's logits while its surrogate is compu
 class Widths:
     """layers: number. hidden: width of a token. inner: width of the MLP, or of all experts that a token reaches.
     cache: keys and values of a token in one layer. vocabulary: number of logits. written_heads: heads of attention that
-    writes out its matrices, [length, length] of each head; 0 where a kernel keeps them to itself."""
+    writes out its matrices, [length, length] of each head; 0 where a kernel keeps them to itself. experts: that a token
+    reaches; 1 in a dense model."""
 
     layers: int
     hidden: int
@@ -30,6 +32,12 @@ class Widths:
     cache: int
     vocabulary: int
     written_heads: int = 0
+    experts: int = 1
+
+    @property
+    def mlp(self) -> int:
+        """Values of a token in the MLP of one layer."""
+        return KEPT_INNER * self.inner + KEPT_EXPERT * (self.experts - 1) * self.hidden
 
 
 def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
@@ -40,7 +48,7 @@ def generation_bytes(widths: Widths, weight: int, prompt: int, new: int) -> int:
     tokens = prompt + new
     cache = weight * widths.layers * widths.cache * tokens
     grown = weight * widths.cache * tokens  # of the layer whose cache is being copied to a longer one
-    layer = (weight * KEPT_INNER * widths.inner + FP32 * 2 * widths.hidden) * prompt
+    layer = (weight * widths.mlp + FP32 * 2 * widths.hidden) * prompt
     layer += attention_bytes(widths, weight, prompt)
     return cache + grown + layer + 2 * (weight + FP32) * widths.vocabulary
 
@@ -50,7 +58,7 @@ def scoring_bytes(widths: Widths, weight: int, tokens: int, learnt: int, recompu
 
     tokens: of the row. learnt: how many of its last tokens have logits. recompute: whether activations are recomputed.
     """
-    layer = weight * (KEPT_HIDDEN * widths.hidden + KEPT_INNER * widths.inner + widths.cache) * tokens
+    layer = weight * (KEPT_HIDDEN * widths.hidden + widths.mlp + widths.cache) * tokens
     layer += attention_bytes(widths, weight, tokens)
     kept = weight * widths.layers * widths.hidden * tokens + layer if recompute else widths.layers * layer
     return kept + 2 * weight * widths.vocabulary * learnt

@@ -9,7 +9,7 @@ rows beside it, on ranks or on restarts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,25 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Top
 
 from esi_ds.core.noise import GPU_CHUNK, gumbel
 
+DECODING_CONTEXT = "_optimize_model_for_decode"  # transformers' context of all steps but the prompt's
+
 
 @contextmanager
 def without_defaults(model: PreTrainedModel, end_ids: Collection[int], pad_id: int) -> Iterator[None]:
     """Inside the block ``model.generate`` inherits nothing from generation_config.json but ``end_ids``.
 
     transformers fills every setting that a caller leaves open from ``model.generation_config``: penalties, beams,
-    suppressed tokens, time limits. Remote code may also have put a ``generate`` of its own on the model.
+    suppressed tokens, time limits. Remote code may also have put a ``generate`` of its own on the model. And on GPUs
+    transformers switches the experts' kernel after the prompt, for one that copies the matrices of each row's experts:
+    45 GB for 64 rows of Mixtral-8x7B, where all experts of a layer have 2.8 GB. Experts keep the prompt's kernel here.
     """
     defaults, custom = model.generation_config, vars(model).pop("generate", None)
     model.generation_config = _settings(end_ids, pad_id)
+    vars(model)[DECODING_CONTEXT] = nullcontext
     try:
         yield
     finally:
+        del vars(model)[DECODING_CONTEXT]
         model.generation_config = defaults
         if custom is not None:
             vars(model)["generate"] = custom

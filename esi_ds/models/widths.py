@@ -37,7 +37,8 @@ def widths(config: PretrainedConfig) -> Widths:
         for layer in layers
     )
     inner = first("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", default=4 * hidden)
-    routed = experts_per_token(text) * first("moe_intermediate_size", "intermediate_size", default=inner)
+    experts = experts_per_token(text)
+    routed = experts * first("moe_intermediate_size", "intermediate_size", default=inner)
     shared = first("n_shared_experts", default=0) * first("moe_intermediate_size") + first(
         "shared_expert_intermediate_size", default=0
     )
@@ -48,4 +49,5 @@ def widths(config: PretrainedConfig) -> Widths:
         cache=latent + first("qk_rope_head_dim") if latent else whole,
         vocabulary=first("vocab_size", default=1),
         written_heads=heads if text._attn_implementation == "eager" else 0,
+        experts=experts,
     )

@@ -66,7 +66,8 @@ class ReducedGradients:
         self._by_tensor: dict[nn.Parameter, Shard] = {model.by_name[shard.name]: shard for shard in self.collected}
         self._buckets: dict[torch.distributed.ProcessGroup, _Bucket] = {}
         self._blocks = self._find_blocks()
-        # NCCL's process groups may not be used at the same time: their kernels could wait for each other in a circle.
+        # Kernels of two of NCCL's groups could wait for each other in a circle. With hpZ a gather that DeepSpeed has
+        # begun ahead may run beside a reduction all the same, as it does beside DeepSpeed's own.
         self._in_flight = InFlight(IN_FLIGHT if model.has_one_group else 0)
 
     def _find_blocks(self) -> dict[str, _Block]:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import wraps
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ def start(timeout_s: int = 1800, start_timeout_s: int = 600) -> None:
     where no group forms, and where two ranks would share a GPU.
     """
     _avoid_unsafe_attention()
+    _avoid_written_attention()
     if torch.distributed.is_initialized():
         return
     launch = launch_environment.join()
@@ -101,6 +103,27 @@ def _avoid_unsafe_attention() -> None:
     and memory-efficient attention remain.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _avoid_written_attention() -> None:
+    """Have transformers repeat grouped keys and values where a GPU has no flash attention: in fp32, and before Ampere.
+
+    Only the memory-efficient kernel remains there, which takes no groups. Without padding transformers would ask for
+    them, and torch would write out [length, length] for each head, which autograd keeps. Again: no effect.
+    """
+    from transformers.integrations import sdpa_attention
+
+    uses_groups = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
+    if uses_groups is None or hasattr(uses_groups, "__wrapped__"):
+        return
+
+    @wraps(uses_groups)
+    def mended(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+        if key.is_cuda and (key.dtype == torch.float32 or torch.cuda.get_device_capability(key.device) < (8, 0)):
+            return False
+        return bool(uses_groups(attention_mask, key, value))
+
+    sdpa_attention.use_gqa_in_sdpa = mended
 
 
 def _quieten() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT, run_ranks
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu, gpu_checks, gpu_end_to_end, gpu_speed, gpu_storage
 from benchmarks.gpu_models import SHAPES, random_model, shape
@@ -20,6 +24,7 @@ from esi_ds.core.noise import normal
 from esi_ds.core.units import Parameter, Unit, whole
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.meta import meta_model
+from esi_ds.zero import runtime
 
 FAKES = """
 import os, time
@@ -172,6 +177,39 @@ def test_the_check_of_attention_sees_padding_that_is_read_and_values_that_are_no
     hook.remove()
 
 
+def test_every_attention_kernel_of_a_gpu_gets_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rules of CUDA's kernels: memory-efficient attention has no grouped heads, and flash no mask."""
+    product = functional.scaled_dot_product_attention
+
+    def on_a_gpu(*tensors: torch.Tensor, attn_mask: torch.Tensor | None, enable_gqa: bool = False, **rest: Any) -> Any:
+        efficient = torch.backends.cuda.mem_efficient_sdp_enabled() and not enable_gqa
+        flash = torch.backends.cuda.flash_sdp_enabled() and attn_mask is None
+        if not (efficient or flash or torch.backends.cuda.math_sdp_enabled()):
+            raise RuntimeError("No available kernel. Aborting execution.")
+        with sdpa_kernel([SDPBackend.MATH]):
+            return product(*tensors, attn_mask=attn_mask, enable_gqa=enable_gqa, **rest)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", on_a_gpu)
+    passed = {part["part"]: part["passed"] for part in gpu_checks.attention(tiny=True)}
+    for name in ("shipped", "math", "efficient", "flash"):
+        assert passed[f"{name} fp32 padded on the right"] and passed[f"{name} bf16 padded on the right"]
+
+
+def test_a_kernel_that_fails_or_does_not_run_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(error: Exception, name: str, dtype: str = "bf16") -> bool | None:
+        monkeypatch.setattr(gpu_checks, "compare_with_rows", Mock(side_effect=error))
+        return gpu_checks.attention_part(None, [], name, dtype, "right")["passed"]
+
+    missing = RuntimeError("No available kernel. Aborting execution.")
+    assert failing(missing, "efficient") is None
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("cuda"))
+    assert failing(missing, "efficient") is failing(missing, "flash") is False
+    assert failing(missing, "flash", "fp32") is failing(missing, "cudnn") is None
+    for name in ("math", "efficient", "shipped"):
+        with pytest.raises(torch.AcceleratorError):
+            failing(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), name)
+
+
 def test_the_check_of_experts_sees_a_gradient_that_is_not_zero() -> None:
     units = tuple(Unit(f"expert {i}", "up", 0, i, start=4 * i, length=4) for i in range(3))
     shard = whole(Parameter("experts", (3, 4), 0, "up", units))
@@ -281,3 +319,28 @@ def test_shapes_have_the_published_numbers_of_weights() -> None:
     }
     assert numel["Llama-3.2-1B"] == 1_235_814_400
     assert numel["Llama-3.1-8B"] == 8_030_261_248
+
+
+PUBLISHED = {
+    "Llama-3.2-1B": "dense/architectures/llama3.2-1b",
+    "Llama-3.1-8B": "dense/architectures/llama3-8b",
+    "Qwen3-MoE": "moe/architectures/qwen3-30b-a3b",
+}
+NOT_PUBLISHED = {  # tokens, positions, precision, and what a norm adds
+    "architectures", "bos_token_id", "eos_token_id", "max_position_embeddings", "rope_theta", "rope_scaling", "dtype",
+    "rms_norm_eps",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_the_published_ones(name: str) -> None:
+    published = json.loads((ROOT / "configs" / PUBLISHED[name] / "config.json").read_text())
+    config = shape(name, tiny=False)
+    different = {key for key, value in published.items() if getattr(config, key, None) != value}
+    assert different - NOT_PUBLISHED == ({"num_hidden_layers"} if name == "Qwen3-MoE" else set())
+
+
+def test_the_script_takes_all_cores() -> None:
+    """The Makefile exports OMP_NUM_THREADS=1, which the launched stages would take for the user's number."""
+    recipe = (ROOT / "Makefile").read_text().partition("\ngpu:")[2].partition("\n\n")[0]
+    assert "env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu" in recipe

@@ -20,9 +20,12 @@ from transformers import (
     DynamicCache,
     Gemma4TextConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     OPTForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
 )
 
 from esi_ds.artifacts import RunFolder
@@ -41,6 +44,15 @@ from esi_ds.zero import batching, memory, runtime
 from esi_ds.zero.engine import checkpointed_layers, recompute_activations
 
 GIB, FP32 = 2**30, 4
+SIZES = {"vocab_size": 600, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
+SCORED: dict[str, PretrainedConfig] = {  # Qwen3-MoE in the proportions of Qwen3-30B-A3B
+    "llama": LlamaConfig(**SIZES, hidden_size=96, intermediate_size=256),
+    "mixtral": MixtralConfig(**SIZES, hidden_size=96, intermediate_size=336, num_local_experts=8),
+    "qwen3_moe": Qwen3MoeConfig(
+        **{**SIZES, "num_attention_heads": 16}, hidden_size=256, head_dim=32, intermediate_size=768,
+        moe_intermediate_size=96, num_experts=16, num_experts_per_tok=8,
+    ),
+}  # fmt: skip
 CONFIG = {"run": {"output_dir": "runs/x"}, "model": {"path": "m"}}
 
 
@@ -57,8 +69,8 @@ def test_the_widths_of_published_architectures() -> None:
     """As their config.json files say; DeepSeek-V3 keeps 512 latent values and 64 of the keys."""
     folder = ROOT / "configs/moe/architectures"
     found = {name: widths(AutoConfig.from_pretrained(folder / name)) for name in ("mixtral-8x22b", "deepseek-v3")}
-    assert found["mixtral-8x22b"] == Widths(56, 6144, 2 * 16384, 8 * 2 * 128, 32768)
-    assert found["deepseek-v3"] == Widths(61, 7168, max(18432, (8 + 1) * 2048), 512 + 64, 129280)
+    assert found["mixtral-8x22b"] == Widths(56, 6144, 2 * 16384, 8 * 2 * 128, 32768, experts=2)
+    assert found["deepseek-v3"] == Widths(61, 7168, max(18432, (8 + 1) * 2048), 512 + 64, 129280, experts=8)
 
 
 def test_where_layers_differ_the_widest_counts() -> None:
@@ -106,12 +118,11 @@ def saved_bytes(model: PreTrainedModel, rows: int, tokens: int, learnt: int) -> 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_scoring_takes_no_more_than_counted(dtype: torch.dtype, recompute: bool, attention: str) -> None:
+@pytest.mark.parametrize("kind", SCORED)
+def test_scoring_takes_no_more_than_counted(kind: str, dtype: torch.dtype, recompute: bool, attention: str) -> None:
     """What one more row takes, counted against what autograd keeps; a layer that is recomputed comes on top."""
-    config = LlamaConfig(
-        vocab_size=600, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, attn_implementation=attention,
-    )  # fmt: skip
+    config = copy.deepcopy(SCORED[kind])
+    config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).to(dtype).train()
     if recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from builders import PAIRS, build_model, byte_bpe_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from builders import PAIRS, build_model, byte_bpe_tokenizer, model_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import encode_data_prompt, encode_prompt, special_strings
@@ -18,6 +20,7 @@ from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.decoding import greedy_ids, without_defaults
 from esi_ds.models.folder import ModelSource
+from esi_ds.models.rows import generation_logits
 from esi_ds.zero.loading import read_replicated
 
 NUM_TOKENS = 12
@@ -147,6 +150,32 @@ def test_a_models_own_defaults_come_back(folder: Path) -> None:
         assert model.generation_config.repetition_penalty is None and model.generate is not len
         raise ZeroDivisionError
     assert model.generation_config is defaults and model.generate is len
+
+
+def test_experts_keep_their_kernel_after_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs transformers switches to one that copies the experts of every row."""
+    model = AutoModelForCausalLM.from_config(model_config("qwen3_moe", 60)).eval()
+    switch, kernels = GenerationMixin._optimize_model_for_decode, list[str]()
+
+    @contextmanager
+    def on_a_gpu(model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as stack:
+            with monkeypatch.context() as patch:
+                patch.setattr(PreTrainedModel, "device", torch.device("cuda"), raising=False)
+                stack.enter_context(switch(model))
+            yield
+
+    monkeypatch.setattr(GenerationMixin, "_optimize_model_for_decode", on_a_gpu)
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda *_: kernels.extend(model.get_experts_implementation().values())
+    )
+    batch = left_pad([[5, 6, 7], [8, 9]], 0, model.device)
+    model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert set(kernels) == {"grouped_mm", "batched_mm"}
+    kernels.clear()
+    greedy_ids(model, batch, end_ids=(), pad_id=0, max_new_tokens=3)
+    generation_logits(model, [[5, 6, 7]], 0)
+    assert kernels == ["grouped_mm"] * 5 and model._optimize_model_for_decode.__func__ is on_a_gpu
 
 
 def test_answers_end_at_each_end_token_and_without_it(folder: Path) -> None:

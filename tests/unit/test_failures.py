@@ -72,6 +72,35 @@ def test_what_a_gpu_lacks_is_told_with_the_keys_that_need_less() -> None:
     assert all(key in said for key in BATCH_SIZES) and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs"),
+            "CUDA error: out of memory",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nFailed to CUDA calloc 6 bytes"
+            ),
+            "Failed to CUDA calloc 6 bytes",
+        ),
+        (
+            torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94\nCuda failure 2 'out of memory'"),
+            "Cuda failure 2 'out of memory'",
+        ),
+    ],
+)
+def test_libraries_that_a_full_gpu_refuses_memory_are_understood(error: RuntimeError, line: str) -> None:
+    assert explain(error, "x").startswith(f"{line}. Lower the batch size")
+    with pytest.raises(type(error)), reading("model.path", "x", "give a folder that transformers reads"):
+        raise error
+
+
 def test_a_model_that_a_gpu_does_not_hold_is_not_blamed_on_its_folder() -> None:
     for error in (torch.OutOfMemoryError("full"), raised(RuntimeError("later"), torch.OutOfMemoryError("full"))):
         with pytest.raises(type(error)), reading("model.path", "x", "give a folder that transformers reads"):

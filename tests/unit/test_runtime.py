@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed import distributed_c10d
+from transformers.integrations import sdpa_attention
 
 from esi_ds.errors import UserError
 from esi_ds.launch_environment import LaunchEnvironment
@@ -42,6 +45,31 @@ def test_attention_of_cudnn_is_off_and_the_others_are_on(attention: None, monkey
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
         assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "uses_groups"),
+    [
+        ("cuda", torch.bfloat16, (8, 0), True),
+        ("cuda", torch.float32, (9, 0), False),
+        ("cuda", torch.float16, (7, 0), False),
+        ("cpu", torch.float32, None, True),
+    ],
+)
+def test_attention_repeats_keys_where_no_kernel_takes_groups(
+    device: str, dtype: torch.dtype, capability: Any, uses_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = sdpa_attention.use_gqa_in_sdpa
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", getattr(original, "__wrapped__", original))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for _ in range(2):
+        with runtime.process_group():
+            key = SimpleNamespace(is_cuda=device == "cuda", device=device, dtype=dtype, shape=(1, 2, 5, 64))
+            assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is uses_groups
+    assert not hasattr(sdpa_attention.use_gqa_in_sdpa.__wrapped__, "__wrapped__")
+    monkeypatch.delattr(sdpa_attention, "use_gqa_in_sdpa")  # as a later version of transformers may
+    with runtime.process_group():
+        pass
 
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
