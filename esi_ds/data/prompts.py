@@ -19,6 +19,7 @@ from esi_ds.data.benchmarks import (
     BUILT_IN,
     BuiltIn,
     Kind,
+    check_one_style,
     choosing_columns,
     context_of,
     scenario_of,
@@ -140,6 +141,8 @@ def load_prompts(
         column, goal = TEST_CASE, goal or GOAL
     else:
         rows = read_rows(source, f"{field}.path", name=name, split=split)
+    if built_in is None:
+        check_one_style(rows, path, f"{field}.path")
     if goal is not None:
         check_column(goal, column_names(rows), f"{field}.goal")
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
