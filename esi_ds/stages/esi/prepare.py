@@ -32,7 +32,7 @@ from esi_ds.data.chat import (
     special_strings,
 )
 from esi_ds.data.end_tokens import end_tokens
-from esi_ds.data.goals import recorded_goals
+from esi_ds.data.goals import GOAL, has_unread_goals, recorded_goals
 from esi_ds.data.prompts import PromptSet, load_responses, load_section, question_sections, recorded_scores, where_from
 from esi_ds.data.rows import Row, looks_like_file
 from esi_ds.data.thoughts import (
@@ -308,6 +308,8 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
     path, texts, scores, goals = answered.source["responses"], answered.responses or [], answered.scores, answered.goals
     try:
         read = load_section(section, "data.prompts")
+    if has_unread_goals(rows) and (section is None or (section.goal is None and section.behaviors is None)):
+        problems.append(f"have goals that are not read: give data.prompts with goal: {GOAL}")
     except UserError as error:
         is_file = looks_like_file(where_from(section.path, section.name, section.split)[0])
         if is_file or error.field != "data.prompts.path":  # a slip: no such file, or no such column

@@ -77,7 +77,7 @@ def add_recorded(
     missing: dict[str, dict[int, int]] = {}  # set → index → answers that are missing
     for row in rows:
         answer = recorded.answers.get(answer_key(row)[1:], no_answer)
-        if answer is no_answer:
+        if answer == no_answer:
             of_set = missing.setdefault(row["set"], {})
             of_set[row["index"]] = of_set.get(row["index"], 0) + 1
         row["response"], row["excluded"] = answer.response, answer.excluded
