@@ -269,7 +269,7 @@ def test_a_thought_beside_an_answer_is_joined_to_it(tmp_path: Path) -> None:
     loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", *"abcdef")])
     texts = [loaded.answers["a", number].response for number in range(6)]
     joined = "<think>\nHm.\n</think>\n\nso"
-    assert texts == [joined, joined, "<think>\nHm.", "so", whole]
+    assert texts == [joined, joined, "<think>\nHm.", "so", whole, "<think>\nHm."]
 
 
 class Rows:
@@ -394,6 +394,15 @@ def test_answers_that_were_asked_for_otherwise_are_remarked_on(tmp_path: Path) -
     assert f"answers of m were asked for otherwise: {loaded.differences}" in tracker.lines
     same = Asked(section, 64, {"temperature": 0.7})
     assert load_answers(file, FIELD, "m", sets, asked=same).differences == ""
+    nucleus = Asked(section, 64, {"temperature": 0.7, "top_p": 0.1})
+    assert load_answers(file, FIELD, "m", sets, asked=nucleus).differences == "top_p 1, not 0.1"
+    drawn = {"temperature": 0.7, "top_p": 0.1, TEMPLATE: {"thinking": True}}
+    narrow = file_of(tmp_path, asked_rows("s", drawn), "narrow.jsonl")
+    whole = Asked(section, 64, {"temperature": 0.7, "top_p": 1.0})
+    assert load_answers(narrow, FIELD, "m", sets, asked=nucleus).differences == ""
+    assert load_answers(narrow, FIELD, "m", sets, asked=whole).differences == "top_p 0.1, not 1.0"
+    none = file_of(tmp_path, asked_rows("s", {**drawn, "top_p": None}), "none.jsonl")  # the server's own
+    assert load_answers(none, FIELD, "m", sets, asked=whole).differences == ""
     data = esi_data(None, file, model=section.model_dump())
     assert data.remarks == (f"responses of {file} were asked for otherwise: {loaded.differences}",)
 

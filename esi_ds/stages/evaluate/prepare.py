@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -223,10 +223,7 @@ def prepare_eval(config: Config) -> EvalInputs:
         elif model.endpoint is not None:
             limit = section.max_new_tokens
             served = ServedModel.of(model.endpoint, f"{field}.endpoint", limit, config.model, name, model.before)
-            if section.sampling:
-                endpoint = replace(served.endpoint, extra={**served.endpoint.extra, **section.sampling})
-                served = replace(served, endpoint=endpoint, seed=config.run.seed)
-            models.append(served)
+            models.append(served.sampled(section.sampling, config.run.seed) if section.sampling else served)
     for candidate in models:
         if isinstance(candidate, Candidate):
             _check_room(candidate, sets, section.max_new_tokens)
