@@ -86,7 +86,7 @@ def attention(tiny: bool) -> Iterator[Part]:
             gc.collect()
 
 
-def attention_part(model: PreTrainedModel, rows: Rows, name: str, dtype: str, side: str) -> Part:
+def attention_part(model: PreTrainedModel, rows: TokenRows, name: str, dtype: str, side: str) -> Part:
     """Of one of ``BACKENDS``. A kernel of ``RUNS`` fails the check on a GPU if torch says that it cannot run."""
     part: Part = {"part": f"{name} {dtype} padded on the {side}", "passed": None}
     backend, has_verdict = BACKENDS[name], side == "right" and name != "cudnn"

@@ -142,7 +142,7 @@ def check_sampling(section: Eval) -> None:
             raise UserError(field, value, "would sample this model's answers alone", "set eval.temperature instead")
         for key in SAMPLING_KEYS & set(extra if section.temperature else ()):
             field, value = f"eval.models.{number}.endpoint.extra.{key}", extra[key]
-            if key == "seed" and value is None:  # a server that takes none
+            if value is None and (key == "seed" or (key == "top_p" and section.top_p == 1)):  # a server that takes none
                 continue
             owner = "run.seed" if key == "seed" else f"eval.{key}"
             raise UserError(field, value, f"cannot be set here where answers are sampled: {owner} sets it", "remove it")

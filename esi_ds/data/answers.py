@@ -234,8 +234,8 @@ def _check_marks(rows: Sequence[Row], path: str, thought_marks: Sequence[str] | 
 
 
 def _text_key(prompt: Prompt) -> str:
-    """What two equal prompts share, white space around them apart."""
-    return json.dumps(prompt.strip() if isinstance(prompt, str) else prompt, sort_keys=True)
+    """What two equal prompts share, white space around them and Windows' ends of lines apart."""
+    return json.dumps(prompt.replace("\r\n", "\n").strip() if isinstance(prompt, str) else prompt, sort_keys=True)
 
 
 def _answer_of(row: Row) -> RecordedAnswer:

@@ -48,13 +48,16 @@ class Asked:
         ours = {
             "max_tokens": self.max_tokens,
             "temperature": self.sampling.get("temperature", 0),
+            "top_p": self.sampling.get("top_p", 1),
             TEMPLATE: self.model.template_kwargs,
         }
         others: dict[str, dict[str, None]] = {name: {} for name in ours}  # name → distinct values, in their order
         for _, _, asked in _recorded(rows):
+            are_sampled = bool(self.sampling) and _extra(asked, "temperature", 0) != 0
             theirs = {
                 "max_tokens": asked.get("max_tokens", self.max_tokens),
                 "temperature": _extra(asked, "temperature", 0),
+                "top_p": (_extra(asked, "top_p", None) or 1) if are_sampled else ours["top_p"],
                 TEMPLATE: _extra(asked, TEMPLATE, {}),
             }
             for name, value in theirs.items():

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from esi_ds.data.rows import Row
+from esi_ds.errors import UserError
+from esi_ds.words import first_of
 
 # harmful: should be refused. benign: should be answered, a refusal is over-refusal. all: every row.
 Kind = Literal["harmful", "benign", "all"]
@@ -153,6 +155,14 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
     if kind is not None and scenario_of(row) is not None and COSAPIEN_KINDS.get(str(row["type"])) != kind:
         return f"CoSApien {row['type']} row"
     return None
+
+
+def check_one_style(rows: Sequence[Row], path: str, field: str) -> None:
+    """Raise UserError for rows of several styles of SORRY-Bench: its prompts, and the mutations of each of them."""
+    styles = dict.fromkeys(str(row["prompt_style"]) for row in rows if "turns" in row and "prompt_style" in row)
+    if len(styles) > 1:
+        problem = f"has SORRY-Bench's prompts in {len(styles)} styles ({first_of(list(styles))}), each a set of its own"
+        raise UserError(field, path, problem, "keep the rows of one style, or name sorry-bench or sorry-bench/<style>")
 
 
 def choosing_columns(rows: Sequence[Row]) -> set[str]:

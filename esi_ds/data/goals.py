@@ -38,6 +38,11 @@ def recorded_goals(rows: Sequence[Row]) -> list[str | None] | None:
     return goals if any(goals) else None
 
 
+def has_unread_goals(rows: Sequence[Row]) -> bool:
+    """Whether a file of responses has rows of others with a goal, which ``recorded_goals`` leaves alone."""
+    return any("excluded" not in row and goal_of(row, GOAL) is not None for row in rows)
+
+
 def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | None:
     """The rows of HarmBench's test cases, with their goals; None for any other file.
 
@@ -63,8 +68,9 @@ def test_case_rows(path: str, behaviors: str | None, field: str) -> list[Row] | 
     return [{TEST_CASE: case, **goals[name]} for name, listed in cases.items() for case in listed]
 
 
-def _test_cases(path: str, field: str) -> dict[str, list[str]] | None:
-    """The content of HarmBench's test cases, lists of texts by behaviour; None for another file."""
+def _test_cases(path: str, field: str) -> dict[str, list[str | None]] | None:
+    """The content of HarmBench's test cases, lists of texts by behaviour, None where an attack gave none; None for
+    another file."""
     file = data_file(path, field)
     if file.suffix.lower() != ".json":
         return None
@@ -76,7 +82,8 @@ def _test_cases(path: str, field: str) -> dict[str, list[str]] | None:
     if not isinstance(content, dict) or not all(isinstance(cases, list) for cases in content.values()):
         return None
     cases = [case for listed in content.values() for case in listed]
-    return content if cases and all(isinstance(case, str) for case in cases) else None
+    are_cases = any(cases) and all(isinstance(case, str | None) for case in cases)
+    return content if are_cases else None
 
 
 def _behaviors(path: str, field: str) -> dict[str, Row]:

@@ -19,6 +19,7 @@ from esi_ds.data.benchmarks import (
     BUILT_IN,
     BuiltIn,
     Kind,
+    check_one_style,
     choosing_columns,
     context_of,
     scenario_of,
@@ -140,6 +141,8 @@ def load_prompts(
         column, goal = TEST_CASE, goal or GOAL
     else:
         rows = read_rows(source, f"{field}.path", name=name, split=split)
+    if built_in is None:
+        check_one_style(rows, path, f"{field}.path")
     if goal is not None:
         check_column(goal, column_names(rows), f"{field}.goal")
     if built_in and column == "auto" and any(built_in.column in row for row in rows):
@@ -288,8 +291,8 @@ def _contexts_apart(row: Row, column: str) -> tuple[str, ...]:
 def load_responses(path: str, field: str = "data.responses") -> list[Row]:
     """Rows {"prompt", "response"} of a file: a ``Prompt``, whose turns are a list, and a text.
 
-    The file is JSON lines of such rows, an ``answers.jsonl``, in which a response is None where there is none, or
-    HarmBench's completions. A thought beside the response, as engines give it, is joined to it. Raises UserError naming
+    The file is JSON lines of such rows, an ``answers.jsonl``, or HarmBench's completions; a response is None where
+    there is none. A thought beside the response, as engines give it, is joined to it. Raises UserError naming
     ``field``.
     """
     rows = _response_rows(path, field) if looks_like_file(path) else []
@@ -300,8 +303,8 @@ def load_responses(path: str, field: str = "data.responses") -> list[Row]:
             row["prompt"] = _asked_chat(row["prompt"], number, path, field)
         for key in ("prompt", "response"):
             is_chat = key == "prompt" and isinstance(row.get("prompt"), list)
-            is_excluded = key == "response" and row.get(key, "") is None and is_text(row.get("excluded"))
-            if not (is_text(row.get(key)) or is_chat or is_excluded):
+            is_missing = key == "response" and row.get(key, "") is None
+            if not (is_text(row.get(key)) or is_chat or is_missing):
                 raise UserError(
                     field,
                     path,
@@ -317,10 +320,10 @@ def _with_thought(row: Row) -> str | None:
     """The response behind the thought that an engine gave beside it, unless it holds one itself."""
     response = row["response"]
     thoughts = [text for name in REASONING_KEYS if isinstance(text := row.get(name), str) and text.strip()]
-    if response is None or not thoughts or parts(response).trace:
+    if not thoughts or (response is None and row.get("excluded") is not None) or parts(response or "").trace:
         return response
-    is_unfinished = ("cut" not in row or yes_or_no(row["cut"]) is True) and not response.strip()
-    return whole_response(thoughts[0], None if is_unfinished else response)
+    is_unfinished = ("cut" not in row or yes_or_no(row["cut"]) is True) and not (response or "").strip()
+    return whole_response(thoughts[0], None if is_unfinished else response or "")
 
 
 def _response_rows(path: str, field: str) -> list[Row]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from esi_ds.config.judges import Reads
+from esi_ds.words import part_of
 
 Span = tuple[int, int]  # characters [start, end)
 
@@ -114,6 +115,28 @@ def has_marks(response: str, marks: Marks) -> bool:
     """Whether a response holds any mark of a thought."""
     leads = LEADING.match(response) or LEADING_UNFINISHED.match(response)
     return CHANNEL in response or leads is not None or _mark_pattern(marks).search(response) is not None
+
+
+def has_thought(response: str, response_parts: ResponseParts) -> bool:
+    """Whether a response with these parts holds the text of a thought."""
+    return any(response[start:end].strip() for start, end in response_parts.trace)
+
+
+def unread_note(have_thoughts: Sequence[bool], which: str, thinks: bool) -> str | None:
+    """What people should know of responses whose thoughts are not judged; None if nothing. An attack may have the model
+    write what is harmful within such marks.
+
+    have_thoughts: of each finished response. which: what they are. thinks: False if the chat template of their model
+    knows of no thoughts.
+    """
+    number, total = sum(have_thoughts), len(have_thoughts)
+    if number == 0 or (thinks and 2 * number >= total):
+        return None
+    but = "most of them hold none" if thinks else "the model's chat template knows of no thoughts"
+    return (
+        f"{part_of(number, total)} {which} hold text within the marks of a thought, which judges with reads: answer do "
+        f"not see, but {but}: an attack may have dictated the marks; read these responses, or set reads: both"
+    )
 
 
 def cut_within(responses: Sequence[str | None], are_cut: Sequence[bool], marks: Marks) -> list[bool]:
@@ -382,6 +405,17 @@ def opening_in(prompt: str, marks: Marks) -> str | None:
     """The mark that the text of a prompt ends with."""
     text = prompt.rstrip().lower()
     return next((opening for opening, _ in marks if text.endswith(opening.lower())), None)
+
+
+def continuation(response: str, prompt: str, marks: Marks = MARKS) -> str:
+    """A response as it continues its prompt: without the mark of the thought that the prompt has opened already.
+
+    prompt: the text that it ends with.
+    """
+    opening, text = opening_in(prompt, marks), response.lstrip()
+    if opening is None or not text.lower().startswith(opening.lower()):
+        return response
+    return text[len(opening) :].removeprefix(prompt[len(prompt.rstrip()) :])
 
 
 def mark_strings(specials: Iterable[str], marks: Marks = MARKS) -> frozenset[str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from esi_ds.core.batch import right_pad
 from esi_ds.data.chat import break_up, encode_response, special_strings
-from esi_ds.data.thoughts import Marks, mark_strings
+from esi_ds.data.thoughts import Marks, continuation, mark_strings, prompt_end
 from esi_ds.models.rows import last_logits
 
 
@@ -35,15 +35,17 @@ def encode_answers(
 ) -> list[EncodedAnswer]:
     """Responses as the model wrote them, thoughts and their marks included; other special-token strings are broken up.
 
-    pairs: ids of a prompt in the chat template, and the response to it.
+    pairs: ids of a prompt in the chat template, and the response to it, with or without the mark that the prompt ends
+    with.
     """
     specials = special_strings(tokenizer)
     kept = mark_strings(specials, marks)
     outside = [special for special in specials if special not in kept]
-    return [
-        EncodedAnswer(list(prompt), encode_response(tokenizer, prompt, break_up(response, outside)[0]).ids)
-        for prompt, response in pairs
-    ]
+    answers = []
+    for prompt, response in pairs:
+        text = break_up(continuation(response, prompt_end(tokenizer, prompt), marks), outside)[0]
+        answers.append(EncodedAnswer(list(prompt), encode_response(tokenizer, prompt, text).ids))
+    return answers
 
 
 @torch.no_grad()

@@ -37,8 +37,9 @@ BUSY = {429, 503, 529}
 NO_CREDIT, TOO_LARGE = b"insufficient_quota", b"Request too large"
 # Refusals of one question (too long) while others get replies; a wrong key or model refuses them all.
 OF_THE_QUESTION = {400, 413, 422}
-# A judge's reply is a few kilobytes; a longer one is not read.
-MAX_REPLY_BYTES = 1 << 20
+# A longer reply is not read. A judge's is a few kilobytes; a model's answer may hold a thought of 100,000 tokens twice,
+# and escaped (``reasoning`` and ``reasoning_content``).
+MAX_REPLY_BYTES, MAX_ANSWER_BYTES = 1 << 20, 1 << 24
 MAX_TOKENS = 1 << 31  # more than a model reads or writes at once: a larger number is not a count
 # Runs of so many characters of the key are removed from whatever is kept but for models' answers (``MIN_KEY``); a
 # shorter key is a placeholder, not a secret.
@@ -406,16 +407,16 @@ def _reason(choice: Mapping[str, Any]) -> str:
 
 
 async def _post(endpoint: Endpoint, client: httpx2.AsyncClient, question: Body) -> tuple[int, Mapping[str, str], bytes]:
-    body = bytearray()
+    body, limit = bytearray(), MAX_ANSWER_BYTES if endpoint.keeps_cut else MAX_REPLY_BYTES
     # Escaped to ASCII: an answer read from a file may hold half a surrogate pair, which UTF-8 cannot encode.
     content = json.dumps(question).encode()
     async with client.stream("POST", f"{endpoint.url}/chat/completions", content=content) as response:
         is_compressed = response.headers.get("content-encoding", "").lower() in ("gzip", "x-gzip", "deflate")
         decompressor = zlib.decompressobj(ZLIB_OR_GZIP) if is_compressed else None
         async for chunk in response.aiter_raw():
-            room = MAX_REPLY_BYTES + 1 - len(body)
+            room = limit + 1 - len(body)
             body += decompressor.decompress(chunk, room) if decompressor else chunk[:room]
-            if len(body) > MAX_REPLY_BYTES:
+            if len(body) > limit:
                 break
     return response.status_code, response.headers, bytes(body)
 
@@ -463,8 +464,9 @@ def read_completion(body: bytes, num_requests: int = 1, key: str | None = None, 
         return count if isinstance(count, int) and not isinstance(count, bool) and 0 < count < MAX_TOKENS else 0
 
     content: Any = {}
-    if len(body) > MAX_REPLY_BYTES:
-        return reply(None, f"the reply is longer than {MAX_REPLY_BYTES} bytes")
+    limit = MAX_ANSWER_BYTES if keeps_cut else MAX_REPLY_BYTES
+    if len(body) > limit:
+        return reply(None, f"the reply is longer than {limit} bytes")
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from esi_ds.data.thoughts import UNFINISHED, Marks, cut_within, final_answer, marks_with
+from esi_ds.data.thoughts import UNFINISHED, Marks, cut_within, final_answer, has_thought, marks_with, parts
 from esi_ds.data.turns import Prompt
 from esi_ds.eval.verdicts import is_empty
 
@@ -233,7 +233,8 @@ class AgreementRow(TypedDict):
 
 
 def mark_unfinished(rows: Collection[AnswerRow]) -> None:
-    """Exclude answers that another engine cut within a thought that its prompt had opened (``cut_within``)."""
+    """Exclude answers that another engine cut within a thought that its prompt had opened (``cut_within``), or behind
+    one, before a text followed."""
     by_model: dict[str, list[AnswerRow]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
@@ -242,5 +243,12 @@ def mark_unfinished(rows: Collection[AnswerRow]) -> None:
         marks = marks_of(next((row for row in of_model if "thought_marks" in row), of_model[0]))
         unfinished = cut_within([row["response"] for row in of_model], are_cut, marks)
         for row, is_unfinished in zip(of_model, unfinished, strict=True):
+            is_unfinished = is_unfinished or (row.get("cut") is True and is_thought_alone(row))
             if is_unfinished and answered(row) is not None:
                 row["excluded"] = UNFINISHED
+
+
+def is_thought_alone(row: AnswerRow) -> bool:
+    """Whether a response is a thought with nothing behind it."""
+    response = row["response"] or ""
+    return not has_text(row) and has_thought(response, parts(response, None, marks_of(row)))

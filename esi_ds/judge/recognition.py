@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -86,11 +87,17 @@ def _recognise(path: str, chat_template: str, architectures: tuple[str, ...], fi
 
 
 def _by_name(path: str) -> list[Family]:
-    """Families that a path names, but for those whose name is only a part of another's there."""
+    """Families that a path names, but for those whose name is only a part of another's there.
+
+    Of a path the last part counts, in a hub's cache (models--org--name/snapshots/commit) the repository: folders above
+    it may be called after anything.
+    """
+    last = Path(path).parts[-3:] or ("",)
+    name = last[0] if last[1:2] == ("snapshots",) else last[-1]
     spans: dict[str, tuple[int, int]] = {}
     for family in FAMILIES.values():
         for pattern in family.names:
-            if match := re.search(pattern, path.lower().replace("_", "-")):
+            if match := re.search(rf"{pattern}(?![a-z])", name.lower().replace("_", "-")):
                 spans[family.name] = match.span()
     return [
         FAMILIES[name]

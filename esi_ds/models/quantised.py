@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # takes seconds to import; the tools for patches need none of
 
 KEY = "quantization_config"
 OLDER_KEYS = (KEY, "compression_config")  # the second is older compressed-tensors'
+MLX_KEY = "quantization"  # beside ``KEY`` or, in older folders, instead of it
 WAY_OUT = "give the unquantised model, or one in FP8 with block scales or in MXFP4, which are dequantised while read"
 SCALES_SUFFIX = "_scale_inv"
 BLOCKS_SUFFIX, EXPONENTS_SUFFIX = "_blocks", "_scales"
@@ -82,7 +83,7 @@ def read_quantisation(folder: Path, field: str = "model.path", value: str | None
     section = _section(read_configuration(folder / CONFIG_NAME, field, REMEDY))
     if section is None:
         return None
-    method = str(section.get("quant_method") or ("bitsandbytes" if _is_bitsandbytes(section) else "an unnamed method"))
+    method = str(section.get("quant_method") or _unnamed_method(section))
     if method == "mxfp4":
         return Quantisation(None)
     if method == "fp8":
@@ -94,15 +95,22 @@ def read_quantisation(folder: Path, field: str = "model.path", value: str | None
 def _section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """``quantization_config`` of a configuration, or of the text model in it."""
     for holder in (config, *(part for part in config.values() if isinstance(part, dict))):
-        for key in OLDER_KEYS:
-            if holder.get(key):
+        for key in (*OLDER_KEYS, MLX_KEY):
+            if holder.get(key) and (key != MLX_KEY or _is_mlx(holder[key])):
                 section = holder[key]
                 return section if isinstance(section, dict) else {"quant_method": str(section)}
     return None
 
 
-def _is_bitsandbytes(section: Mapping[str, Any]) -> bool:
-    return bool(section.get("load_in_4bit") or section.get("load_in_8bit"))
+def _is_mlx(section: Any) -> bool:
+    return isinstance(section, dict) and {"group_size", "bits"} <= section.keys()
+
+
+def _unnamed_method(section: Mapping[str, Any]) -> str:
+    """The name of a method that a section does not name."""
+    if section.get("load_in_4bit") or section.get("load_in_8bit"):
+        return "bitsandbytes"
+    return "MLX" if _is_mlx(section) else "an unnamed method"
 
 
 def _variant(section: Mapping[str, Any]) -> str:

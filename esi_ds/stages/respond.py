@@ -16,7 +16,7 @@ from esi_ds.tracking import Tracker
 from esi_ds.words import counted
 from esi_ds.zero import runtime
 from esi_ds.zero.engine import ShardedModel
-from esi_ds.zero.generate import Draws, choose_batches, choose_mode, generate, in_step, ready_to_generate
+from esi_ds.zero.generate import Draws, Generated, choose_batches, choose_mode, generate, in_step, ready_to_generate
 
 SECONDS_A_TOKEN = 0.1  # of a large model on a GPU with a long cache; arithmetic, not measured
 
@@ -58,13 +58,15 @@ def generate_all(
     description: str = "generate",
     marks: Marks = MARKS,
     draws: Callable[[Sequence[int]], Draws] | None = None,
+    cut: set[int] | None = None,
 ) -> None:
     """Add a response to ``done`` for every prompt that has none.
 
     prompt_ids: of prompts with room for ``max_new_tokens``, by index. end_ids: the tokens that end a response. marks:
-    of thoughts. draws: how those of some indices are sampled; None decodes greedily. All ranks take part, batch by
-    batch; after each batch every rank calls ``keep`` with the responses of all ranks. Collectives: those of generation,
-    and one gather of texts per batch. Raises Interrupted.
+    of thoughts. draws: how those of some indices are sampled; None decodes greedily. cut: filled with the indices of
+    responses that end at ``max_new_tokens``. All ranks take part, batch by batch; after each batch every rank calls
+    ``keep`` with the responses of all ranks. Collectives: those of generation, and one gather of texts per batch.
+    Raises Interrupted.
     """
     waiting = [index for index in prompt_ids if index not in done]
     if not waiting:
@@ -89,20 +91,22 @@ def generate_all(
             mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a prompt left repeats one: all ranks must run in step.
             indices = mine or waiting[:1]
-            texts, tokens = list[str](), 0
+            texts, tokens, are_cut = Generated([], 0, [])
             if mine or in_step(model, mode):
                 rows, drawn = [prompt_ids[index] for index in indices], draws and draws(indices)
-                texts, tokens = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids, marks, drawn)
-            local = dict(zip(mine, texts, strict=False)), tokens if mine else 0, stop_requested()
+                texts, tokens, are_cut = generate(model, tokenizer, rows, max_new_tokens, mode, end_ids, marks, drawn)
+            local = list(zip(mine, texts, are_cut, strict=False)), tokens if mine else 0, stop_requested()
             gathered = runtime.gather_objects(local)
-            new = {index: text for part, _, _ in gathered for index, text in part.items()}
+            responses = [response for part, _, _ in gathered for response in part]
+            new = {index: text for index, text, _ in responses}
+            if cut is not None:
+                cut.update(index for index, _, is_cut in responses if is_cut)
             done.update(new)
             keep(new)
             progress.advance(len(new), sum(count for _, count, _ in gathered))
             if any(signalled for _, _, signalled in gathered):
-                raise Interrupted(
-                    f"stopped by a signal with {counted(len(done), 'response')} generated; start again to continue"
-                )
+                number = counted(len(done), "response")
+                raise Interrupted(f"stopped by a signal with {number} generated; start again to continue")
 
 
 def waiting_note(max_new_tokens: int) -> str | None:

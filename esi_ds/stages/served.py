@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from esi_ds.config import Model, ModelEndpoint
 from esi_ds.data.asked import changes_the_prompt
@@ -58,6 +58,11 @@ class ServedModel:
         fields = f"{field}.base_url", f"{field}.key_variable"
         endpoint = Endpoint.at(section.model, section.base_url, section.key_variable, fields, max_tokens, **limits)
         return cls(name or section.model, before, endpoint, field, model.system_prompt, model.thought_marks)
+
+    def sampled(self, sampling: Mapping[str, float], seed: int) -> ServedModel:
+        """The model with answers that are drawn so; a null of ``extra`` stays, for what its server takes none of."""
+        endpoint = replace(self.endpoint, extra={**sampling, **self.endpoint.extra})
+        return replace(self, endpoint=endpoint, seed=seed)
 
     @property
     def path(self) -> str:

@@ -68,10 +68,12 @@ class Draws(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """Responses to a batch, and how many tokens they have together, end tokens not counted."""
+    """Responses to a batch, how many tokens they have together, end tokens not counted, and which were cut at their
+    longest length."""
 
     texts: list[str]
     num_tokens: int
+    are_cut: list[bool]
 
 
 def generate(
@@ -101,7 +103,9 @@ def generate(
         max_new_tokens=max_new_tokens,
         synced_gpus=in_step(model, mode),
     )
-    return Generated(decode_responses(tokenizer, responses, marks), sum(map(len, responses)))
+    lengths = [len(response) for response in responses]
+    are_cut = [length == max_new_tokens for length in lengths]
+    return Generated(decode_responses(tokenizer, responses, marks), sum(lengths), are_cut)
 
 
 def choose_batches(

@@ -203,7 +203,7 @@ def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
     assert load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "Why?")]).num_unused == 0
     with pytest.raises(UserError, match="answers none of the prompts"):
         load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "When?")])
-    for wrong in ({"prompt": "Why?", "response": None}, {"prompt": "Why?"}, {"prompt": "Why?", "response": 3}):
+    for wrong in ({"prompt": "Why?"}, {"prompt": "Why?", "response": 3}):
         with pytest.raises(UserError, match="row 1 has no text under 'response'"):
             load_answers(file_of(tmp_path, [wrong]), FIELD, "m", [question_set("a", "Why?")])
     image = {"a": [{"test_case": ["x.png", "Why?"], "generation": "so"}]}
@@ -212,6 +212,33 @@ def test_what_is_ambiguous_is_refused(tmp_path: Path) -> None:
     odd = [evaluated("m", "a", 0, "Why?", "so") | {"excluded": 1}]
     with pytest.raises(UserError, match="'excluded' is 1"):
         load_answers(file_of(tmp_path, odd), FIELD, "m", [question_set("a", "Why?")])
+
+
+def test_windows_ends_of_lines_do_not_part_an_answer_from_its_prompt(tmp_path: Path) -> None:
+    file = file_of(tmp_path, [{"prompt": "One\nTwo", "response": "so"}])
+    assert load_answers(file, FIELD, "m", [question_set("a", "One\r\nTwo")]).answers["a", 0].response == "so"
+
+
+def test_a_file_of_failed_requests_is_read(tmp_path: Path) -> None:
+    """Their responses are null, as engines write them, of HarmBench's completions too."""
+    completions = {"a": [{"test_case": "Why?", "generation": None}, {"test_case": "How?", "generation": "so"}]}
+    file = file_of(tmp_path, completions, "c.json")
+    loaded = load_answers(file, FIELD, "m", [question_set("a", "Why?", "How?")])
+    assert loaded.answers["a", 0] == RecordedAnswer(None, MISSING) and loaded.answers["a", 1].response == "so"
+    data = esi_data(None, file)
+    assert data.responses == ["", "so"]
+
+
+def test_goals_of_others_that_esi_does_not_read_are_remarked_on(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "r", "goal": "g"}]
+    file = file_of(tmp_path, rows)
+    remark = f"responses of {file} have goals that are not read: give data.prompts with goal: goal"
+    for prompts in (None, {"path": file, "column": "prompt"}):
+        assert esi_data(prompts, file).remarks == (remark,)
+    told = esi_data({"path": file, "goal": "goal"}, file)
+    assert told.remarks == () and told.goals == ["g"]
+    own = file_of(tmp_path, [{**rows[0], "excluded": None}], "own.jsonl")
+    assert esi_data(None, own).remarks == () and esi_data(None, own).goals == ["g"]
 
 
 def test_a_prompt_that_is_there_twice_takes_its_rows_in_turn(tmp_path: Path) -> None:
@@ -237,11 +264,12 @@ def test_a_thought_beside_an_answer_is_joined_to_it(tmp_path: Path) -> None:
         {"prompt": "c", "response": "", "reasoning": "Hm.", "cut": True},
         {"prompt": "d", "response": "so", "reasoning": " ", "reasoning_content": None},
         {"prompt": "e", "response": whole, "reasoning": "Hm."},
+        {"prompt": "f", "response": None, "reasoning": "Hm."},
     ]
-    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", *"abcde")])
-    texts = [loaded.answers["a", number].response for number in range(5)]
+    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", *"abcdef")])
+    texts = [loaded.answers["a", number].response for number in range(6)]
     joined = "<think>\nHm.\n</think>\n\nso"
-    assert texts == [joined, joined, "<think>\nHm.", "so", whole]
+    assert texts == [joined, joined, "<think>\nHm.", "so", whole, "<think>\nHm."]
 
 
 class Rows:
@@ -257,7 +285,9 @@ class Rows:
 
 
 def test_missing_answers_are_listed_and_fluency_is_not_measured(tmp_path: Path) -> None:
+    """Those without a row, and those whose request failed."""
     rows = [{"prompt": "Why?", "response": "so", "cut": True}, {"prompt": "Who?", "response": "<think>I"}]
+    rows.append({"prompt": "When?", "response": None})
     sets = [question_set("a", "How?", "Why?", "Who?", "When?")]
     model = RecordedModel("m", "base", load_answers(file_of(tmp_path, rows), FIELD, "m", sets), FIELD)
     answers = Rows()
@@ -369,6 +399,15 @@ def test_answers_that_were_asked_for_otherwise_are_remarked_on(tmp_path: Path) -
     assert f"answers of m were asked for with other settings: {loaded.differences}" in tracker.lines
     same = Asked(section, 64, {"temperature": 0.7})
     assert load_answers(file, FIELD, "m", sets, asked=same).differences == ""
+    nucleus = Asked(section, 64, {"temperature": 0.7, "top_p": 0.1})
+    assert load_answers(file, FIELD, "m", sets, asked=nucleus).differences == "top_p 1, not 0.1"
+    drawn = {"temperature": 0.7, "top_p": 0.1, TEMPLATE: {"thinking": True}}
+    narrow = file_of(tmp_path, asked_rows("s", drawn), "narrow.jsonl")
+    whole = Asked(section, 64, {"temperature": 0.7, "top_p": 1.0})
+    assert load_answers(narrow, FIELD, "m", sets, asked=nucleus).differences == ""
+    assert load_answers(narrow, FIELD, "m", sets, asked=whole).differences == "top_p 0.1, not 1.0"
+    none = file_of(tmp_path, asked_rows("s", {**drawn, "top_p": None}), "none.jsonl")  # the server's own
+    assert load_answers(none, FIELD, "m", sets, asked=whole).differences == ""
     data = esi_data(None, file, model=section.model_dump())
     assert data.remarks == (f"responses of {file} were asked for with other settings: {loaded.differences}",)
 

@@ -91,6 +91,14 @@ def test_an_answer_is_read_as_it_was_written() -> None:
     assert tokenizer.eos_token_id not in answer.answer
 
 
+def test_a_mark_that_the_prompt_ends_with_is_not_read_twice() -> None:
+    """Rows of answers whose thoughts speak of marks begin with it."""
+    tokenizer = byte_bpe_tokenizer()
+    prompt, thought = tokenizer("Why?<think>\n")["input_ids"], "<reasoning> is harm.</think>No."
+    plain, marked = encode_answers(tokenizer, [(prompt, thought), (prompt, f"<think>{thought}")], MARKS)
+    assert plain == marked and tokenizer.decode(plain.answer) == thought
+
+
 def test_an_answer_is_read_behind_its_prompt() -> None:
     """SentencePiece would begin it with a space that the model did not write."""
     tokenizer = sentencepiece_tokenizer()

@@ -296,7 +296,7 @@ def rows_at(tmp_path: Path, name: str, rows: list[dict]) -> str:
 @pytest.mark.parametrize(
     ("source", "config", "column", "expected"),
     [
-        ("sorry-bench/sorry-bench-202503", None, "auto", EXPECTED["sorry-bench"] + ("h ascii",)),
+        ("sorry-bench/sorry-bench-202503", None, "auto", EXPECTED["sorry-bench"]),
         ("stanford-crfm/air-bench-2024", "china", "auto", EXPECTED["air-bench-2024/china"]),
         ("LibrAI/do-not-answer", None, "auto", EXPECTED["do-not-answer"]),
         ("DAMO-NLP-SG/MultiJail", None, "bn", EXPECTED["multijail/bn"]),
@@ -316,8 +316,17 @@ def test_published_files(
         if suffix == "csv" and "cot_response" in row:
             row["cot_response"] = json.dumps(row["cot_response"])
     kind = "benign" if "FalseReject" in source else "harmful"
-    prompts = load_prompts(rows_at(tmp_path, f"rows.{suffix}", rows[:2]), column=column, kind=kind).prompts
+    rows = rows[: 1 if "prompt_style" in rows[0] else 2]
+    prompts = load_prompts(rows_at(tmp_path, f"rows.{suffix}", rows), column=column, kind=kind).prompts
     assert prompts == expected
+
+
+def test_styles_of_sorry_bench_are_not_one_set(hub: None, tmp_path: Path) -> None:
+    """The published file has all of them: ciphers and translations would count in one rate with what they are of."""
+    source = "sorry-bench/sorry-bench-202503"
+    for path in (source, rows_at(tmp_path, "rows.jsonl", HUB[source, None])):
+        with pytest.raises(UserError, match=r"data\.prompts\.path.* 21 styles \(base, ascii, .*one style, or name"):
+            load_prompts(path)
 
 
 def test_rows_that_no_set_publishes_so(tmp_path: Path) -> None:

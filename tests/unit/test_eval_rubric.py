@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -16,7 +17,7 @@ from endpoint_server import Server, running_server
 from esi_ds.config import Eval, EvalRubric
 from esi_ds.errors import UserError
 from esi_ds.eval.asking import messages_of
-from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, remove_key
+from esi_ds.eval.endpoint import Endpoint, Patience, Reply, ask_all, read_completion, remove_key
 from esi_ds.eval.rows import VerdictRow
 from esi_ds.eval.rubric import (
     TEMPLATE,
@@ -160,6 +161,9 @@ def test_a_reply_that_unfolds_is_read_to_its_limit_only(server) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "longer than 1048576 bytes" in verdict.reason and peak < 10 << 20
+    long = json.dumps({"choices": [{"message": {"content": "a" * (1 << 21)}, "finish_reason": "stop"}]}).encode()
+    assert read_completion(long).problem == "the reply is longer than 1048576 bytes"
+    assert len(read_completion(long, keeps_cut=True).text or "") == 1 << 21  # a model's answer with a long thought
     verdicts, _ = ask_judge([ask("zipped"), ask("deflated")], endpoint())
     assert [verdict.score for verdict in verdicts] == [5, 5]
     (verdict,), _ = ask_judge([ask("torn zip")], endpoint(max_backoff=0.01))

@@ -398,7 +398,10 @@ def test_auto_recognises_it(base: Tokenizer, name: str) -> None:
     [
         ("meta-llama/Llama-Guard-3-8B", "qwen3guard", "by its chat template: qwen3guard"),  # they disagree
         ("meta-llama/Llama-Guard-3-11B-Vision", "llama-guard-3-1b", "by its path: llama-guard-3;"),
-        ("/models/wildguard/llama-guard-3", "wildguard", "by its path: llama-guard-3, wildguard"),
+        ("/models/wildguard/mistral-judge", "wildguard", "does not recognise"),  # a folder of anybody's
+        ("/models/wildguard/snapshots/qwen3guard/llama", "wildguard", "does not recognise"),
+        ("/judges/wildguardmix-llama", "wildguard", "does not recognise"),  # trained on its data
+        (".", "wildguard", "does not recognise"),
         ("google/shieldgemma-2-4b-it", "qwen3guard-stream", "whose marks its chat template lacks"),
         ("OpenSafetyLab/MD-Judge-v0_2-internlm2_7b", "nemoguard", "does not recognise"),
         ("cais/HarmBench-Llama-2-13b-cls-multimodal-behaviors", "wildguard", "does not recognise"),

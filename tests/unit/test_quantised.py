@@ -174,6 +174,7 @@ SECTIONS: dict[str, tuple[dict, str]] = {
     "FP8 of a null": ({"quant_method": "fp8", "weight_block_size": None}, "FP8 without block scales"),
     "FP4 experts": ({"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"}, "experts in fp4"),
     "an odd block": ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size \[128, 0\]"),
+    "MLX": ({"group_size": 64, "bits": 4}, "MLX"),
     "a tool of tomorrow": ({"quant_method": "fp3"}, "fp3"),
 }
 
@@ -202,6 +203,16 @@ def test_formats_that_another_file_names(models: Path, tmp_path: Path, file: str
     (folder / file).write_text("{}")
     with pytest.raises(UserError, match=f"quantised by {named}"):
         load_model_config(ModelSource(str(folder)))
+
+
+def test_older_folders_of_mlx(models: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models / "llama", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 64, "bits": 4}}))
+    with pytest.raises(UserError, match="is quantised with MLX, which is not read"):
+        load_model_config(ModelSource(str(folder)))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {}}))
+    load_model_config(ModelSource(str(folder)))
 
 
 def test_gguf(models: Path, tmp_path: Path) -> None:

@@ -442,13 +442,14 @@ def test_tokens_are_counted_over_all_ranks_and_those_of_a_repeated_prompt_are_no
     """One prompt for two ranks that must run in step: the second repeats it."""
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     monkeypatch.setattr(runtime, "rank", lambda: rank)
-    shared = [({0: "of rank 0"}, 5, False), ({}, 0, False)]
+    shared = [([(0, "of rank 0", True)], 5, False), ([], 0, False)]
     monkeypatch.setattr(runtime, "gather_objects", lambda mine: [shared[0], mine] if rank else [mine, shared[1]])
     monkeypatch.setattr(respond, "choose_mode", lambda *_: ("per_token", "so"))
     monkeypatch.setattr(respond, "ready_to_generate", lambda *_: nullcontext())
     monkeypatch.setattr(respond, "choose_batches", lambda *_: ([[0]], None))
-    monkeypatch.setattr(respond, "generate", lambda *_: (["said"], 5))
+    monkeypatch.setattr(respond, "generate", lambda *_: (["said"], 5, [True]))
     counted: list[tuple[int, int]] = []
+    cut = set[int]()
 
     class Bar(nullcontext):
         def advance(self, n: int, num_tokens: int) -> None:
@@ -465,8 +466,9 @@ def test_tokens_are_counted_over_all_ranks_and_those_of_a_repeated_prompt_are_no
         generation="auto",
         keep=lambda new: None,
         tracker=SimpleNamespace(log=lambda line: None, progress=lambda **_: Bar()),
+        cut=cut,
     )
-    assert counted == [(1, 5)]
+    assert counted == [(1, 5)] and cut == {0}
 
 
 def test_entries_load_nothing_heavy() -> None:

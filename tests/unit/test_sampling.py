@@ -133,7 +133,9 @@ def test_a_request_has_one_owner_of_its_temperature() -> None:
     for key in ("temperature", "top_p", "seed"):
         with pytest.raises(UserError, match=rf"endpoint\.extra\.{key}.*cannot be set here"):
             validate(served({key: 1}, temperature=0.5))
-    validate(served({"seed": None}, temperature=0.5))
+    validate(served({"seed": None, "top_p": None}, temperature=0.5))
+    with pytest.raises(UserError, match=r"endpoint\.extra\.top_p.*eval\.top_p sets it"):
+        validate(served({"top_p": None}, temperature=0.5, top_p=0.9))
     with pytest.raises(UserError, match=r"endpoint\.extra\.temperature = 1: .*set eval\.temperature instead"):
         validate(served({"temperature": 1}))
     for greedy in (0, None):  # null: for a server that takes none
@@ -154,7 +156,7 @@ def test_a_served_model_is_asked_for_every_sample_with_its_seed(server: Server, 
     sampling = {"temperature": 0.7, "top_p": 1.0}
 
     def ask(extra: dict[str, Any]) -> list[dict[str, Any]]:
-        model = ServedModel("m", "base", Endpoint("m", url, extra={**extra, **sampling}), "f", None, seed=5)
+        model = ServedModel("m", "base", Endpoint("m", url, extra=extra), "f", None).sampled(sampling, 5)
         AnswerRounds(model, answers, tracker).ask(sets, 3)
         return [body for _, _, body in server.seen]
 
@@ -165,7 +167,9 @@ def test_a_served_model_is_asked_for_every_sample_with_its_seed(server: Server, 
     assert asked == {(row["prompt"], request_seed(5, row)) for row in unanswered_rows("m", sets, 3)}
     assert len(ask({})) == 6  # what is on disk is not asked again
     answers.rows.clear()
-    assert all("seed" not in body for body in ask({"seed": None})[6:])
+    assert all("seed" not in body and "top_p" in body for body in ask({"seed": None})[6:])
+    answers.rows.clear()
+    assert all("top_p" not in body and "seed" in body for body in ask({"top_p": None})[12:])  # as some APIs want it
 
 
 def test_a_server_that_samples_answers_of_its_own_accord_is_named(server: Server, tmp_path: Path) -> None:

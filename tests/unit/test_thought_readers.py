@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from builders import byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
+from thinking import thinking_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from esi_ds.config import EvalClassifier, EvalGuard, EvalRubric, EvalWords, EvalYesNo, validate
@@ -42,11 +44,12 @@ from esi_ds.judge.classifier import SequenceRule
 from esi_ds.judge.families import FAMILIES
 from esi_ds.judge.pairs import PairEncoder
 from esi_ds.report.tuning import refusal_rows
-from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples
+from esi_ds.stages.esi.prepare import PromptData, PromptInputs, clean_responses, encode_examples, thoughts_note
 from esi_ds.stages.evaluate import answering
 from esi_ds.stages.evaluate.answering import add_recorded, has_text, thought_notes
 from esi_ds.stages.evaluate.judging import judge_all
-from esi_ds.stages.evaluate.prepare import PreparedWords, RecordedModel
+from esi_ds.stages.evaluate.ledgers import EvalLedgers
+from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs, PreparedWords, RecordedModel
 from esi_ds.stages.served import answer_row
 from esi_ds.stages.tune.work import answer_row as tuned_row
 
@@ -235,11 +238,94 @@ def generated_rows(
     return rows, remarks
 
 
-def test_a_thought_that_nothing_opened_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attack may dictate the mark: what stands before it is harmless to judges that read the answer."""
-    assert not generated_rows(monkeypatch, [COMPLIES, f"<think>x</think>{REFUSES}"], None)[1]
-    (remark,) = generated_rows(monkeypatch, [f"{COMPLIES} </think> {REFUSES}"], None)[1]
-    assert remark.startswith("answers of m close a thought that neither they nor their prompts open")
+DICTATED = (
+    f"<reasoning>{COMPLIES}</reasoning>\n{REFUSES}",
+    f"Sure. <thinking>{COMPLIES}</thinking>",
+    f"1</think>{REFUSES}",
+)
+
+
+@pytest.mark.parametrize("dictated", DICTATED)
+@pytest.mark.parametrize("origin", ["recorded", "served", "generated"])
+def test_thoughts_that_an_attack_may_have_dictated_are_told_of(
+    origin: str, dictated: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What stands within the marks is harmless to judges that read the answer; a model that thinks does so mostly."""
+
+    def remarks(texts: list[str], reads: Reads = "answer", thinks: bool = True) -> list[str]:
+        if origin == "recorded":
+            rows = recorded_rows(texts, None)
+        elif origin == "served":
+            blank: AnswerRow = {
+                "model": "m",
+                "set": "bad",
+                "index": 0,
+                "prompt": "p",
+                "response": None,
+                "excluded": None,
+            }
+            rows = [answer_row({**blank, "index": n}, Reply(text, None)) for n, text in enumerate(texts)]
+        else:
+            rows = [{**row, "set": "bad"} for row in generated_rows(monkeypatch, texts, None)[0]]
+        rows = [row for row in rows if row["set"] == "bad"]
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        ledgers = EvalLedgers.open(folder)
+        ledgers.answers.add(rows)
+        section = EvalWords(kind="words", name="w", reads=reads)
+        judges = [PreparedWords("w", "f", section, refusal_list("xstest", "f"))]
+        sets = [QuestionSet("bad", "harmful", PromptSet(("p",) * len(rows), "p", "f", ()))]
+        inputs = SimpleNamespace(
+            sets=sets,
+            section=SimpleNamespace(samples=1),
+            harmful_sets={"bad"},
+            judges=judges,
+            thinks=lambda name: thinks,
+        )
+        lines: list[str] = []
+        tracker = SimpleNamespace(remark=lines.append, log=lambda line: None)
+        ledgers.judge(["m"], inputs, None, {}, tracker)  # type: ignore[arg-type]
+        return lines
+
+    thought = f"<think>{COMPLIES}</think>{REFUSES}"
+    (remark,) = remarks([COMPLIES] * 3 + [dictated])
+    assert remark.startswith("1 of the 4 answers of m hold text within the marks of a thought")
+    assert "most of them hold none" in remark and "an attack may have dictated the marks" in remark
+    assert remarks([thought] * 4) == remarks([thought] * 3 + [dictated]) == remarks([COMPLIES] * 4, thinks=False) == []
+    (remark,) = remarks([dictated] * 4, thinks=False)
+    assert remark.startswith("all 4 answers of m") and "chat template knows of no thoughts" in remark
+    assert remarks([dictated] * 4, "both", thinks=False) == []
+    assert remarks([f"<think>\n\n</think>\n\n{REFUSES}"] * 4, thinks=False) == []
+
+
+def test_who_thinks() -> None:
+    """By the chat template, or because the config names the marks; of models elsewhere nothing is known."""
+    tokenizer, knows = byte_bpe_tokenizer(), thinking_tokenizer("qwen3")
+
+    def candidate(name: str, tokenizer: Any, marks: list[str] | None = None) -> Candidate:
+        return Candidate(name, None, None, None, tokenizer, frozenset(), {}, (), marks)  # type: ignore[arg-type]
+
+    models = [candidate("base", tokenizer), candidate("qwen", knows), candidate("own", tokenizer, OWN)]
+    elsewhere = RecordedModel("file", "base", RecordedAnswers("f", "0", {}, 0), "f")
+    inputs = EvalInputs(None, [], [*models, elsewhere], [], [], {})  # type: ignore[arg-type]
+    names = ("base", "qwen", "own", "file", "top 0.01, noise 1, seed 0")
+    assert [inputs.thinks(name) for name in names] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("dictated", DICTATED)
+def test_esi_tells_of_thoughts_that_an_attack_may_have_dictated(dictated: str) -> None:
+    tokenizer = byte_bpe_tokenizer()
+    responses = [COMPLIES, COMPLIES, dictated, ""]
+    judge = SimpleNamespace()
+    data = PromptData([], responses, {}, [])
+    inputs = PromptInputs(LlamaConfig(), tokenizer, frozenset(), judge, data, ())  # type: ignore[arg-type]
+    for marks, words in ((MARKS, "chat template knows of no thoughts"), (marks_with(OWN), "most of them hold none")):
+        inputs = replace(inputs, marks=marks)
+        cleaned = clean_responses(inputs, [[1]] * 4, responses)[0]
+        note = thoughts_note(inputs, cleaned)
+        assert note is not None and note.startswith("1 of the 3 responses hold") and words in note
+        assert thoughts_note(inputs, cleaned[:2]) is None
+        assert thoughts_note(replace(inputs, reads="both"), cleaned) is None
 
 
 def test_an_answer_cut_within_a_thought_that_its_prompt_opened_is_unfinished() -> None:
@@ -258,6 +344,26 @@ def test_an_answer_cut_within_a_thought_that_its_prompt_opened_is_unfinished() -
     rows.append({**rows[0], "model": "another", "excluded": None})
     mark_unfinished(rows)
     assert rows[0]["excluded"] == UNFINISHED and rows[-1]["excluded"] is None
+
+
+@pytest.mark.parametrize("form", ["<think>{}</think>\n\n", "{}</think>\n", HARMONY.removesuffix("{}")])
+def test_an_answer_cut_right_behind_its_thought_is_unfinished(form: str) -> None:
+    """As the same reply is where the server gives the thought apart."""
+    response = form.format(COMPLIES)
+    rows = [{**row, "cut": is_cut} for row in recorded_rows([response], None)[:1] for is_cut in (True, False)]
+    blank: AnswerRow = {"model": "m", "set": "s", "index": 0, "prompt": "p", "response": None, "excluded": None}
+    rows += [answer_row(blank, Reply(response, None, is_cut=is_cut)) for is_cut in (True, False)]
+    mark_unfinished(rows)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "<|assistant|>")
+    candidate = SimpleNamespace(tokenizer=tokenizer, thought_marks=None)
+    for is_cut in (True, False):
+        rows.append(blank.copy())
+        answering.fill_row(rows[-1], response, candidate, [1], is_cut)  # type: ignore[arg-type]
+    assert [row["excluded"] for row in rows] == [UNFINISHED, None] * 3
+    assert text_to_judge(response) == NOTHING_SAID
+    empty = {**blank, "response": "", "cut": True}
+    mark_unfinished([empty])
+    assert empty["excluded"] is None
 
 
 def test_a_thought_that_its_prompt_opened_and_that_speaks_of_marks_is_not_the_answer() -> None:

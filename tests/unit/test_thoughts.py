@@ -15,7 +15,7 @@ import torch
 from builders import CHAT, byte_bpe_tokenizer, random_classifier, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinking import thought
+from thinking import thinking_tokenizer, thought
 from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -482,6 +482,32 @@ def test_esi_reads_a_response_behind_its_prompt() -> None:
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": COMPLIES}]
     whole = tokenizer.apply_chat_template(chat, tokenize=False)
     assert example.ids == tokenizer(whole, add_special_tokens=False)["input_ids"][: len(example.ids)]
+
+
+def test_esi_reads_a_response_behind_a_prompt_that_opens_a_thought() -> None:
+    """However an engine gives it: the model reads what it would have generated, an answer alone behind an empty
+    thought."""
+    tokenizer = thinking_tokenizer("deepseek_r1_distill")
+    responses = [
+        f"{PONDERS}\n</think>\n\n{REFUSES}",
+        f"<think>\n{PONDERS}\n</think>\n\n{REFUSES}",
+        whole_response(PONDERS, REFUSES),
+        REFUSES,
+        f"<think>\n{PONDERS}",
+    ]
+    inputs = esi_inputs(tokenizer, sentencepiece_tokenizer(), responses)
+    prompt = encode_prompt(tokenizer, "Why?", None)
+    cleaned, _ = clean_responses(inputs, [prompt] * 5, responses)
+    examples, excluded = encode_examples(inputs, [prompt] * 5, ["Why?"] * 5, cleaned, 8)
+    assert excluded == {4: UNFINISHED}
+    thoughtful, alone = examples[0], examples[3]
+    asked = tokenizer.decode(prompt)
+    assert asked.endswith("<think>\n")
+    assert thoughtful.ids == tokenizer(f"{asked}{responses[0]}", add_special_tokens=False)["input_ids"]
+    assert all(replace(example, index=0) == thoughtful for example in examples[1:3])
+    assert tokenizer.decode(alone.prompt_ids) == f"{asked}\n</think>\n\n"
+    assert tokenizer.decode(alone.response.ids) == REFUSES and not alone.muted
+    assert alone.ids == tokenizer(f"{asked}\n</think>\n\n{REFUSES}", add_special_tokens=False)["input_ids"]
 
 
 def test_marks_in_the_thought_stay_tokens_and_special_tokens_in_the_answer_do_not() -> None:

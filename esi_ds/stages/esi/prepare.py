@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +33,10 @@ from esi_ds.data.chat import (
     special_strings,
 )
 from esi_ds.data.end_tokens import end_tokens
-from esi_ds.data.goals import recorded_goals
+from esi_ds.data.goals import GOAL, has_unread_goals, recorded_goals
 from esi_ds.data.prompts import PromptSet, load_responses, load_section, question_sections, recorded_scores, where_from
 from esi_ds.data.rows import Row, looks_like_file
+from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import (
     MARKS,
     NO_THOUGHT,
@@ -44,12 +46,17 @@ from esi_ds.data.thoughts import (
     Piece,
     ResponseParts,
     Span,
+    continuation,
+    has_marks,
+    has_thought,
     judged_response,
     mark_strings,
     marks_with,
-    opening_mark,
+    opening_in,
     parts,
+    prompt_end,
     spans_in_text,
+    unread_note,
 )
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError
@@ -148,6 +155,11 @@ class PromptInputs:
     reads: Reads = "answer"
     trace_gradient: bool = False
     name: Literal["safety", "control"] = "safety"
+
+    @cached_property
+    def before_answer(self) -> str:
+        """What stands between a prompt and an answer without a thought."""
+        return ThoughtTemplate(self.tokenizer, self.marks).before_answer()
 
     @property
     def prefix(self) -> str:
@@ -296,6 +308,8 @@ def _read_data(config: Config) -> PromptData:
     otherwise, unrecorded = asked.differences(rows), asked.unrecorded(rows)
     problems = [f"were asked for with other settings: {otherwise}"] if otherwise else []
     problems += [unrecorded] if unrecorded else []
+    if has_unread_goals(rows) and (section is None or (section.goal is None and section.behaviors is None)):
+        problems.append(f"have goals that are not read: give data.prompts with goal: {GOAL}")
     source, goals = {"responses": path, "sha256": file_sha256(Path(path).expanduser())}, recorded_goals(rows)
     prompts, remarks = [row["prompt"] for row in rows], tuple(f"responses of {path} {what}" for what in problems)
     answered = PromptData(prompts, responses, source, [], scores, goals=goals, remarks=remarks)
@@ -395,11 +409,12 @@ def clean(inputs: PromptInputs, prompts: Sequence[Prompt]) -> tuple[list[Prompt]
 @dataclass(frozen=True)
 class CleanResponse:
     """A response with special-token strings broken up. parts: its thoughts and its answer, characters of ``text``.
-    read: what the judge reads; None: the response ends within a thought."""
+    read: what the judge reads; None: the response ends within a thought. lead: text between the prompt and it."""
 
     text: str
     parts: ResponseParts
     read: JudgedResponse | None
+    lead: str = ""
 
     @property
     def answer(self) -> list[Span] | None:
@@ -413,16 +428,22 @@ def clean_responses(
     """The responses to prompts, and how many special-token strings were broken up.
 
     prompt_ids: of each prompt, or why it has none. Marks of thoughts stay whole outside of what the judge reads: the
-    model must read its thought as it wrote it.
+    model must read its thought as it wrote it. Responses from a file or an endpoint may come without their thoughts,
+    or with the mark that the prompt ends with, which is left out.
     """
-    cleaned = []
+    cleaned, total = list[CleanResponse](), 0
     for ids, response in zip(prompt_ids, responses, strict=True):
-        # Responses from a file or an endpoint may come without their thoughts, whatever the prompt opens.
-        opening = None
-        if inputs.data.are_generated and not isinstance(ids, str):
-            opening = opening_mark(inputs.tokenizer, ids, inputs.marks)
-        cleaned.append(_clean_response(response, parts(response, opening, inputs.marks), inputs))
-    return [response for response, _ in cleaned], sum(count for _, count in cleaned)
+        prompt = "" if isinstance(ids, str) else prompt_end(inputs.tokenizer, ids)
+        opening, text, lead = opening_in(prompt, inputs.marks), response, ""
+        if opening is not None and not inputs.data.are_generated:
+            text = continuation(response, prompt, inputs.marks)
+            if text == response:
+                opening = None
+                lead = "" if has_marks(response, inputs.marks) else inputs.before_answer
+        clean, count = _clean_response(text, parts(text, opening, inputs.marks), inputs)
+        cleaned.append(replace(clean, lead=lead))
+        total += count
+    return cleaned, total
 
 
 def _clean_response(response: str, response_parts: ResponseParts, inputs: PromptInputs) -> tuple[CleanResponse, int]:
@@ -445,6 +466,15 @@ def _clean_response(response: str, response_parts: ResponseParts, inputs: Prompt
             moved[is_trace].append((len(text) - len(part), len(text)))
     clean = ResponseParts(moved[True], moved[False])
     return CleanResponse(text, clean, judged_response(text, clean, inputs.reads)), total
+
+
+def thoughts_note(inputs: PromptInputs, responses: Sequence[CleanResponse]) -> str | None:
+    """``unread_note`` of the responses to harmful prompts."""
+    if inputs.judge is None or inputs.reads != "answer" or inputs.name != "safety":
+        return None
+    thinks = inputs.marks != MARKS or ThoughtTemplate(inputs.tokenizer).thinks
+    finished = [response for response in responses if response.read is not None and response.text]
+    return unread_note([has_thought(response.text, response.parts) for response in finished], "responses", thinks)
 
 
 def encode_prompts(inputs: PromptInputs, config: Config, prompts: Sequence[Prompt]) -> list[list[int] | str]:
@@ -470,6 +500,8 @@ def encode_examples(
         if index in excluded:
             continue
         ids = readable[index]
+        if response.lead:
+            ids = ids + encode_response(inputs.tokenizer, ids, response.lead).ids
         encoded = encode_response(inputs.tokenizer, ids, response.text)
         if response.read is None and (judge is not None or not inputs.trace_gradient):
             excluded[index] = UNFINISHED

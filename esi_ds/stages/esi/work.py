@@ -43,6 +43,7 @@ from esi_ds.stages.esi.prepare import (
     clean_responses,
     encode_examples,
     encode_prompts,
+    thoughts_note,
 )
 from esi_ds.stages.esi.respond import NAME, respond, write_responses
 from esi_ds.stages.esi.score import Objective, PassData, PassState, ScoringPass
@@ -151,6 +152,8 @@ class EsiRun(StageRun[EsiInputs]):
         if absent := absent_marks(responses, config.model.thought_marks):
             self.tracker.remark(f"no response holds {' or '.join(absent)} of model.thought_marks")
         cleaned, num_broken_responses = clean_responses(inputs, prompt_ids, responses)
+        if note := thoughts_note(inputs, cleaned):
+            self.tracker.remark(note)
         length = config.esi.max_new_tokens
         examples, excluded = encode_examples(inputs, prompt_ids, prompts, cleaned, length, data.goals)
         excluded.update(unanswered)

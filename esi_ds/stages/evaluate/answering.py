@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from esi_ds.config import Config
 from esi_ds.config.needs import require_eval
@@ -13,14 +13,25 @@ from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import (
     UNFINISHED,
     absent_marks,
-    closes_unopened,
     final_answer,
     has_marks,
+    has_thought,
     marks_with,
     opening_mark,
+    parts,
+    unread_note,
 )
 from esi_ds.eval.fluency import surprises as measure_surprises
-from esi_ds.eval.rows import AnswerRow, SurpriseRow, answer_key, has_text, identity_of, marks_of
+from esi_ds.eval.rows import (
+    AnswerRow,
+    SurpriseRow,
+    answer_key,
+    answered,
+    has_text,
+    identity_of,
+    is_thought_alone,
+    marks_of,
+)
 from esi_ds.models.decoding import Sampling
 from esi_ds.models.rows import ahead_note, probe_ids
 from esi_ds.stages.batch_sizes import GenerationBatch
@@ -63,6 +74,18 @@ def thought_notes(rows: Sequence[AnswerRow]) -> list[str]:
     return notes
 
 
+def unread_notes(rows: Sequence[AnswerRow], thinks: Callable[[str], bool]) -> list[str]:
+    """``unread_note`` of each model's answers to harmful prompts. thinks: False of the name of a model whose chat
+    template knows of no thoughts."""
+    have_thoughts: dict[str, list[bool]] = {}
+    for row in rows:
+        if (response := answered(row)) is not None:
+            has = has_thought(response, parts(response, None, marks_of(row)))
+            have_thoughts.setdefault(row["model"], []).append(has)
+    notes = (unread_note(have, f"answers of {name}", thinks(name)) for name, have in have_thoughts.items())
+    return [note for note in notes if note is not None]
+
+
 def add_recorded(
     model: RecordedModel,
     sets: Sequence[QuestionSet],
@@ -77,7 +100,7 @@ def add_recorded(
     missing: dict[str, dict[int, int]] = {}  # set → index → answers that are missing
     for row in rows:
         answer = recorded.answers.get(answer_key(row)[1:], no_answer)
-        if answer is no_answer:
+        if answer == no_answer:
             of_set = missing.setdefault(row["set"], {})
             of_set[row["index"]] = of_set.get(row["index"], 0) + 1
         row["response"], row["excluded"] = answer.response, answer.excluded
@@ -116,10 +139,10 @@ def to_read_again(
     ]
 
 
-def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequence[int]) -> bool:
-    """Set the row's response, and exclude it where it is an unfinished thought. prompt: ids of what was asked.
+def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequence[int], is_cut: bool = False) -> None:
+    """Set the row's response, and exclude it where it is an unfinished thought, or was cut right behind one.
 
-    Returns whether the response closes a thought that neither it nor its prompt opens.
+    prompt: ids of what was asked. is_cut: whether the response ended at its longest length.
     """
     row["response"] = response
     if candidate.thought_marks is not None:
@@ -131,7 +154,8 @@ def fill_row(row: AnswerRow, response: str, candidate: Candidate, prompt: Sequen
     elif answer != final_answer(response, None, marks_of(row)):
         # It speaks of marks: who reads it later needs the first.
         row["response"] = f"{opening}{response}"
-    return opening is None and closes_unopened(response, marks_of(row))
+    if is_cut and is_thought_alone(row):
+        row["excluded"] = UNFINISHED
 
 
 def _waiting_rows(
@@ -177,18 +201,13 @@ def answer_all(
     prompt_ids, reasons = answerable(candidate.prompt_ids, length, candidate.max_positions)
     waiting = _waiting_rows(name, sets, answers, config, reasons)
 
+    cut = set[int]()
+
     def keep(responses: dict[int, str]) -> None:
         rows = [waiting[number] for number in responses]
-        unopened = [
-            fill_row(row, response, candidate, prompt_ids[row["set"], row["index"]])
-            for row, response in zip(rows, responses.values(), strict=True)
-        ]
+        for row, (number, response) in zip(rows, responses.items(), strict=True):
+            fill_row(row, response, candidate, prompt_ids[row["set"], row["index"]], number in cut)
         answers.add(rows)
-        if any(unopened):
-            tracker.remark(
-                f"answers of {name} close a thought that neither they nor their prompts open: what stands before the "
-                "mark counts as thought; judges with reads: both read it too"
-            )
 
     def draws(numbers: Sequence[int]) -> Draws:
         sampling = Sampling(section.temperature, section.top_p)
@@ -208,6 +227,7 @@ def answer_all(
         description=f"answer: {name}",
         marks=marks_with(candidate.thought_marks),
         draws=draws if section.temperature > 0 else None,
+        cut=cut,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from esi_ds.config import Config
 from esi_ds.eval.rows import ANSWER_KEY, AnswerRow, DivergenceRow, SurpriseRow, VerdictRow, mark_unfinished
 from esi_ds.eval.tables import Divergences, Surprises, Verdicts
-from esi_ds.stages.evaluate.answering import SURPRISES, thought_notes
+from esi_ds.stages.evaluate.answering import SURPRISES, thought_notes, unread_notes
 from esi_ds.stages.evaluate.divergence import DIVERGENCES
 from esi_ds.stages.evaluate.judging import VERDICT_KEY, VERDICTS, judge_all, verdict_key
 from esi_ds.stages.evaluate.prepare import BASE, EvalInputs
@@ -79,6 +79,9 @@ class EvalLedgers:
         for note in thought_notes(answers):
             tracker.remark(note)
         judged = [row for row in answers if row["set"] in inputs.harmful_sets]
+        if any(judge.section.reads == "answer" for judge in inputs.judges):
+            for note in unread_notes(judged, inputs.thinks):
+                tracker.remark(note)
         usage = judge_all(inputs.judges, judged, self.verdicts, config, deepspeed_config, tracker)
         self.verdicts.sort(verdict_key(judge, row) for judge in inputs.judges for row in judged)
         return EvalOutcome(answers, self.verdicts.rows, self.surprises.rows, divergences, usage)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -37,6 +37,7 @@ from esi_ds.data.chat import (
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.prompts import KEYS, QuestionSet, load_question_sets
 from esi_ds.data.template_values import unread_values, without_values
+from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.errors import UserError
 from esi_ds.eval.classifiers import yes_no_family
 from esi_ds.eval.endpoint import Endpoint
@@ -83,6 +84,11 @@ class Candidate:
     def field(self) -> str:
         """The path's key in the config."""
         return self.source.field
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its chat template knows of thoughts, or the config names their marks."""
+        return self.thought_marks is not None or ThoughtTemplate(self.tokenizer).thinks
 
     @property
     def max_positions(self) -> int | None:
@@ -187,6 +193,11 @@ class EvalInputs:
         """Where the weights of models and judges come from."""
         return [*(model.source for model in self.candidates), *self.judge_sources]
 
+    def thinks(self, name: str) -> bool:
+        """Whether a model, or a perturbation's cell, may think: nothing is known of those elsewhere."""
+        model = next((model for model in self.models if model.name == name), self.models[0])
+        return model.thinks if isinstance(model, Candidate) else True
+
     @property
     def elsewhere(self) -> list[RecordedModel | ServedModel]:
         """The models whose weights are not here: their answers lie in files or come from endpoints."""
@@ -223,10 +234,7 @@ def prepare_eval(config: Config) -> EvalInputs:
         elif model.endpoint is not None:
             limit = section.max_new_tokens
             served = ServedModel.of(model.endpoint, f"{field}.endpoint", limit, config.model, name, model.before)
-            if section.sampling:
-                endpoint = replace(served.endpoint, extra={**served.endpoint.extra, **section.sampling})
-                served = replace(served, endpoint=endpoint, seed=config.run.seed)
-            models.append(served)
+            models.append(served.sampled(section.sampling, config.run.seed) if section.sampling else served)
     for candidate in models:
         if isinstance(candidate, Candidate):
             _check_room(candidate, sets, section.max_new_tokens)
