@@ -22,7 +22,7 @@ from esi_ds.artifacts import append_jsonl, jsonl, parse_jsonl, write_text_atomic
 from esi_ds.config import Prompts
 from esi_ds.config.checks import check_extra, check_numbers
 from esi_ds.config.section import MAX_TIMEOUT_S
-from esi_ds.data.benchmarks import BUILT_IN
+from esi_ds.data.benchmarks import source_of
 from esi_ds.data.prompts import PromptSet, load_section
 from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
@@ -278,8 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         ):
             raise UserError(OUTPUT, str(arguments.output), f"is the file of {option}", "give a new file")
     endpoint = endpoint_of(arguments)
-    if arguments.prompts not in BUILT_IN and not looks_like_file(arguments.prompts):
-        hub.check_exists(arguments.prompts, "dataset", "--prompts")
+    if not looks_like_file(source := source_of(arguments.prompts)):
+        hub.check_exists(source, "dataset", "--prompts")
     prompts = _prompts_of(arguments)
     print(f"{counted(len(prompts.prompts), 'prompt')}, {len(prompts.skipped)} skipped{prompts.note}")
     questions = questions_of(prompts, arguments.samples)

@@ -60,6 +60,7 @@ DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_m
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")  # as DeepSpeed spells it under data_types
 WORDS = {dict: "a mapping", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 REDUCE_BUCKET = 50_000_000
+OFFLOAD_OPTIMIZER = "deepspeed.zero_optimization.offload_optimizer"
 REMEDY = "remove it from the DeepSpeed config, or set it to auto"
 
 
@@ -133,14 +134,20 @@ def monitor_settings(config: Config, run: str = "") -> dict[str, dict[str, Any]]
     return monitors
 
 
-def ignored_sections(config: Config) -> list[str]:
-    """Lines for the log about settings of speed or memory that DeepSpeed reads in other training loops only."""
+def ignored_sections(config: Config, stage: str) -> list[str]:
+    """Lines for the log about settings of speed or memory that DeepSpeed reads in other training loops only. Of an
+    offloaded optimizer the stages without one, which may use SPA's file, say nothing."""
     settings, lines = read(config), []
     checkpointing = _mapping(settings, "activation_checkpointing", "deepspeed.activation_checkpointing")
     if any(value not in ("auto", False, None) for value in checkpointing.values()):
         lines.append("deepspeed.activation_checkpointing: ignored; see model.gradient_checkpointing")
     if _mapping(settings, "compile", "deepspeed.compile").get("deepcompile") is True:
         lines.append("deepspeed.compile.deepcompile: ignored; the model is not compiled")
+    zero = _mapping(settings, "zero_optimization", "deepspeed.zero_optimization")
+    offload = _mapping(zero, "offload_optimizer", OFFLOAD_OPTIMIZER)
+    if stage == "set" and offload.get("device", "none") not in ("none", "auto", None):
+        kept = "SET keeps its masters and moments, 12 bytes for each trained weight, on the GPUs"
+        lines.append(f"{OFFLOAD_OPTIMIZER}: ignored; {kept}")
     return lines
 
 
@@ -239,6 +246,9 @@ def _check_zero(settings: dict[str, Any], world_size: int) -> None:
     if _mapping(zero, "offload_param", "deepspeed.zero_optimization.offload_param").get("device") == "nvme":
         field = "deepspeed.zero_optimization.offload_param.device"
         raise UserError(field, "nvme", "is not supported: weights on NVMe cannot be scored", "use cpu")
+    if _mapping(zero, "offload_optimizer", OFFLOAD_OPTIMIZER).get("device") == "nvme":
+        problem = "is not supported: the mask cannot reach weights on NVMe"
+        raise UserError(f"{OFFLOAD_OPTIMIZER}.device", "nvme", problem, "use cpu")
     size = zero.get("zero_hpz_partition_size", 1)
     if isinstance(size, int) and 1 < size < world_size and world_size % size:
         field, remedy = "deepspeed.zero_optimization.zero_hpz_partition_size", "give the number of ranks on a node"
@@ -385,10 +395,7 @@ def _fill_optimizer(settings: dict[str, Any]) -> None:
     """
     types = _mapping(settings, "data_types", "deepspeed.data_types")
     zero = settings["zero_optimization"]
-    offload = _mapping(zero, "offload_optimizer", "deepspeed.zero_optimization.offload_optimizer")
-    if offload.get("device") == "nvme":
-        field = "deepspeed.zero_optimization.offload_optimizer.device"
-        raise UserError(field, "nvme", "is not supported: the mask cannot reach weights on NVMe", "use cpu")
+    offload = _mapping(zero, "offload_optimizer", OFFLOAD_OPTIMIZER)
     mean, optimizer = "the mean over ranks, which SPA needs", "SPA's own optimizer"
     section = "zero_optimization"
     for key, value, ours, owner in (

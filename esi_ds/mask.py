@@ -24,7 +24,7 @@ from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
 from esi_ds.reading import json_sha256
-from esi_ds.reselect import Reselection, check_cover, read_units, remark_on, spans, write_selection
+from esi_ds.reselect import Reselection, check_cover, read_units, remarks_on, spans, states_units, write_selection
 from esi_ds.terminal import ReaderGone, clean_output, help_text
 
 MAX_CELLS = 40  # lines of ``compare`` by layer and role that are shown unasked
@@ -34,9 +34,11 @@ MADE_BY = ("criterion", "contrastive", "normalise", "order", "of", "scope", "rat
 def count_units(masks: Sequence[Mask], ranks: Ranks) -> tuple[list[Unit], Tensor]:
     """The logical matrices of one model's masks, and int64 [matrices, masks + 1]: how many weights of each matrix every
     mask selects, and in the last column how many all masks select. Raises UserError where the matrices do not cover
-    every weight once. Collectives: a gather, and one sum of the counts."""
-    by_name = read_units(masks[0])
-    check_cover(masks[0], by_name, ranks)
+    every weight once. The matrices are those of the first mask that states some. Collectives: a gather, and one sum of
+    the counts."""
+    stating = next(filter(states_units, masks), masks[0])
+    by_name = read_units(stating)
+    check_cover(stating, by_name, ranks)
     units = [unit for units_of_parameter in by_name.values() for unit in units_of_parameter]
     firsts: dict[str, int] = {}
     position = 0
@@ -141,9 +143,14 @@ def compare_with_scores(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
         for name, count in zip(mask.names, ranks.add(wrong).tolist(), strict=True)
         if count
     ]
-    if selection.threshold != mask.header.threshold:
+    if _float32(selection.threshold) != _float32(mask.header.threshold):
         problems.append(f"threshold is {mask.header.threshold!r}, the scores have {selection.threshold!r}")
     return problems
+
+
+def _float32(value: float | None) -> float | None:
+    """The nearest fp32 number, which scores are: its shortest text is nearest to another number of 64 bits."""
+    return None if value is None else float(torch.tensor(value, dtype=torch.float32))
 
 
 def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -> list[str]:
@@ -165,7 +172,7 @@ def compare(first: Mask, second: Mask, ranks: Ranks, with_cells: bool = False) -
             for index, count in enumerate(counts_of_unit):
                 row[index] += count
     lines = _made_otherwise(first, second)
-    if read_units(first) != read_units(second):
+    if states_units(first) and states_units(second) and read_units(first) != read_units(second):
         lines.append("the matrices and roles are the first mask's; the second was made with others (model.roles)")
     lines += [f"{'':22}{'first':>12}{'second':>12}{'both':>12}{'of first':>10}{'of second':>10}{'Jaccard':>9}"]
     num_cells = sum(kind == "cell" for kind, _ in rows)
@@ -284,8 +291,8 @@ def _select(arguments: argparse.Namespace, ranks: Ranks) -> list[str]:
     mask, seed = Mask.load(arguments.mask), seed_argument or 0
     new = write_selection(mask, arguments.scores, arguments.output, arguments.ratio, order, seed, ranks)
     how = f"order {order}" + (f", seed {seed}" if order == "random" else "")
-    lines = [f"{new.k:,} of {new.total_numel:,} weights in {new.path} ({how})", remark_on(new, arguments.scores, ranks)]
-    return [line for line in lines if line is not None]
+    selected = f"{new.k:,} of {new.total_numel:,} weights in {new.path} ({how})"
+    return [selected, *remarks_on(new, arguments.scores, ranks)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from esi_ds.core.select import (
 )
 from esi_ds.core.units import Unit, assign
 from esi_ds.errors import UserError
-from esi_ds.models.roles import SCORED, layer_of
+from esi_ds.models.roles import SCORED, expert_of, layer_of, role_by_name
 from esi_ds.ranks import Ranks
 from esi_ds.reading import check_type, parse_json, read_text, reading
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME
@@ -75,16 +76,25 @@ class StoredUnit(TypedDict):
     stride: int
 
 
+def states_units(mask: Mask) -> bool:
+    """Whether a mask says what its logical matrices are, or should; masks from other tools may not."""
+    return os.path.lexists(mask.path / UNITS_NAME) or mask.index_metadata.get(UNITS_DIGEST) is not None
+
+
 def read_units(mask: Mask) -> dict[str, list[Unit]]:
-    """Logical matrices by parameter, from ``units.json``; without that file every parameter is one matrix.
+    """Logical matrices by parameter, from ``units.json``; without that file every parameter is one matrix, whose role,
+    layer and expert its name tells.
 
     Raises UserError where the rows are not matrices of this mask's parameters, as many weights as each has; whether
     they cover every weight once is checked by ``check_cover``.
     """
     file = mask.path / UNITS_NAME
     written = mask.index_metadata.get(UNITS_DIGEST)
-    if not os.path.lexists(file) and written is None:
-        return {name: [Unit(name, "other", None, None, 0, mask.numel(name))] for name in mask.names}
+    if not states_units(mask):
+        return {
+            name: [Unit(name, role_by_name(name, shape), layer_of(name), expert_of(name), 0, mask.numel(name))]
+            for name, shape in mask.shapes.items()
+        }
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}
     with reading("MASK", file, "copy the mask's folder again", "does not hold the matrices of this mask"):
         text = read_text(file)
@@ -160,7 +170,7 @@ class Reselection:
     def __init__(self, mask: Mask, scores: ScoreFolder, settings: MaskMetadata, ranks: Ranks):
         self._mask, self._scores, self._ranks = mask, scores, ranks
         self._order = Order(settings.order, settings.seed)
-        self._offsets = _offsets(mask)
+        self._offsets = _offsets(mask, settings.order)
         check_scores(mask, scores, ranks)
         self._cut_of_model: Cut | None = None
         # Scope matrix: (unit, its first position, cut) by the parameter's name.
@@ -217,12 +227,17 @@ class Reselection:
         return ScoreRun(unit.elements(self._scores.read(*span), low), position + unit.num_before(low))
 
 
-def _offsets(mask: Mask) -> dict[str, int]:
-    """Number of the model's weights before each parameter: their global positions break ties."""
-    if mask.header.offsets is None:
-        remedy = "give a mask made by esi_ds"
-        raise UserError("MASK", str(mask.path), "does not state the offsets that break ties of equal scores", remedy)
-    return mask.header.offsets
+def _offsets(mask: Mask, order: str) -> dict[str, int]:
+    """Number of the model's weights before each parameter: their global positions break ties.
+
+    Ties need no more than the order of the parameters, which the shapes have too; a random order hashes the positions.
+    """
+    if mask.header.offsets is not None:
+        return mask.header.offsets
+    if order == "random":
+        problem, remedy = "does not state the offsets that a random order follows from", "give a mask made by esi_ds"
+        raise UserError("MASK", str(mask.path), problem, remedy)
+    return dict(zip(mask.names, accumulate(map(mask.numel, mask.names), initial=0), strict=False))
 
 
 def check_scores(mask: Mask, scores: ScoreFolder, ranks: Ranks) -> None:
@@ -266,7 +281,8 @@ def write_selection(
     check_cover(mask, units, ranks)
     # With another order the seed is that of the run, whose noise and random scores it made; a random mask has its own.
     if order != "random":
-        seed = mask.header.seed if scores.metadata.seed is None else scores.metadata.seed
+        named = scores.metadata
+        seed = mask.header.seed if named is None or named.seed is None else named.seed
     settings = replace(mask.header, ratio=ratio, order=order, seed=seed)
     by_matrix = [unit.numel for units_of_parameter in units.values() for unit in units_of_parameter]
     check_ratio(ratio, [settings.base] if settings.scope == "model" else by_matrix, "--ratio")
@@ -283,15 +299,19 @@ def write_selection(
     return Mask.load(output)
 
 
-def remark_on(mask: Mask, folder: Path, ranks: Ranks) -> str | None:
-    """What ``without_score`` says of a mask that was selected from the scores in ``folder``. Collectives: one sum."""
-    header = mask.header
+def remarks_on(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
+    """What must be said of a mask that was selected from the scores in ``folder``: that they name no model, and what
+    ``without_score`` says. Collectives: at most one sum."""
+    header, scores = mask.header, ScoreFolder(folder, "--scores")
+    remarks = (
+        [] if scores.metadata is not None else [f"{folder} does not say whose scores it holds: taken as the mask's"]
+    )
     if not may_lack_scores(header.order, header.scope, header.threshold):
-        return None
-    scores = ScoreFolder(folder, "--scores")
+        return remarks
     local_spans = spans(mask)[ranks.rank :: ranks.size]
     num_zero = sum(int((mask.bits(*span) & (scores.read(*span) == 0)).sum()) for span in local_spans)
-    return without_score(header.criterion, int(ranks.add(torch.tensor([num_zero]))), mask.k, header.scope)
+    remark = without_score(header.criterion, int(ranks.add(torch.tensor([num_zero]))), mask.k, header.scope)
+    return remarks if remark is None else [*remarks, remark]
 
 
 def _write(mask: Mask, selection: Reselection, metadata: dict[str, str], output: Path, ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ from esi_ds.errors import UserError
 from esi_ds.reading import check_regular, check_type, parse_json, read_index_content, read_json, reading
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"  # of a folder with one file, which may lack an index
 SUFFIX = ".safetensors"
 DIGESTS_NAME = "digests.json"  # sha256 of every parameter's bytes; optional in folders from other tools
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
@@ -94,7 +95,7 @@ def read_header(file: Path, field: str, remedy: str) -> tuple[list[StoredTensor]
 
 
 def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
-    """The headers of all files that a folder's index names.
+    """The headers of all files that a folder's index names, or of its ``model.safetensors`` where there is no index.
 
     Raises UserError naming ``field`` unless every file is a whole safetensors file beside the index and holds the
     tensors that the index says, and all files have the same metadata.
@@ -103,12 +104,15 @@ def read_tensor_folder(folder: Path, field: str, remedy: str) -> TensorFolder:
     with reading(field, folder, remedy):
         if not folder.is_dir():
             raise UserError(field, str(folder), "is not a folder", remedy)
-        if not index.exists():
+        if not index.exists() and not (folder / SINGLE_NAME).exists():
             if several := tensor_folders(folder):
                 problem = f"holds a folder for each of {', '.join(several)}"
                 likely = min(several, key=lambda name: name != field.strip("-"))
                 raise UserError(field, str(folder), problem, f"name one of them, such as {folder / likely}")
             raise UserError(field, str(folder), f"holds no {INDEX_NAME}", remedy)
+    if not index.exists():
+        tensors_of_file, metadata_of_file = read_header(folder / SINGLE_NAME, field, remedy)
+        return TensorFolder({tensor.name: tensor for tensor in tensors_of_file}, metadata_of_file, {})
     file_of, index_metadata = read_index_content(index, field, remedy)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] | None = None

@@ -9,10 +9,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from esi_ds.core.criteria import GRADIENTS
 from esi_ds.reading import check_type, parse_json
 
 FORMAT = "esi-mask/1"
@@ -61,11 +60,11 @@ class MaskMetadata:
         offsets = _value(texts, "offsets", _counts) if "offsets" in texts else None
         if offsets is not None and offsets.keys() == shapes.keys():
             shapes = dict(sorted(shapes.items(), key=lambda item: offsets[item[0]]))
-        return cls(
+        metadata = cls(
             k=_value(texts, "k", _integer),
             ratio=_value(texts, "ratio", _ratio),
             total_numel=_value(texts, "total_numel", _integer),
-            threshold=_value(texts, "threshold", _threshold),
+            threshold=None,
             criterion=_value(texts, "criterion", _text),
             contrastive=_value(texts, "contrastive", _boolean, "false"),
             order=_value(texts, "order", _choice(ORDERS), "top"),
@@ -78,6 +77,9 @@ class MaskMetadata:
             offsets=offsets,
             normalise=_value(texts, "normalise", _choice(NORMALISATIONS), "none"),
         )
+        if not metadata.has_threshold:  # whatever another tool writes there
+            return metadata
+        return replace(metadata, threshold=_value(texts, "threshold", _threshold))
 
     @property
     def scored_numel(self) -> int:
@@ -112,9 +114,8 @@ class MaskMetadata:
             problems.append(f"total_numel is {self.total_numel:,}, the shapes alone have {self.scored_numel:,} weights")
         if self.scope == "model" and not follows(self.k, self.ratio, self.base, self.scored_numel):
             problems.append(f"ratio {self.ratio!r} of {self.base:,} weights ({self.of}) is not k = {self.k:,}")
-        if self.has_threshold != (self.threshold is not None):
-            stated = "null" if self.threshold is None else repr(self.threshold)
-            problems.append(f"threshold is {stated} with order {self.order}, scope {self.scope} and k = {self.k:,}")
+        if self.has_threshold and self.threshold is None:
+            problems.append(f"threshold is null with order {self.order}, scope {self.scope} and k = {self.k:,}")
         return problems + self._wrong_offsets()
 
     def _wrong_offsets(self) -> list[str]:
@@ -153,7 +154,7 @@ class ScoresMetadata:
         """From the strings in a file. Raises ValueError naming the key that is missing or not of its type."""
         _value(texts, "format", _choice((SCORES_FORMAT,)))
         return cls(
-            criterion=_value(texts, "criterion", _choice(tuple(GRADIENTS))),
+            criterion=_value(texts, "criterion", _text),
             contrastive=_value(texts, "contrastive", _boolean, "false"),
             total_numel=_value(texts, "total_numel", _integer),
             fingerprint=_value(texts, "fingerprint", _text),

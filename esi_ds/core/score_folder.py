@@ -20,14 +20,16 @@ DAMAGE_REMEDY = "scores must be finite, at least 0 and unchanged: score again, o
 
 
 class ScoreFolder:
-    """The scores of one model. metadata: what they say of themselves. names: the scored parameters."""
+    """The scores of one model. metadata: what they say of themselves; None in scores of other tools that say nothing.
+    names: the scored parameters."""
 
     def __init__(self, folder: Path, field: str = "--scores"):
         """field: the option or key that names the folder. Raises UserError if it does not hold whole, sound scores."""
         self.folder, self._field = folder, field
         content = read_tensor_folder(folder, field, REMEDY)
         with reading(field, folder, REMEDY, "holds no scores"):
-            self.metadata = ScoresMetadata.parse(content.metadata)
+            named = content.metadata.get("format", "").startswith("esi-")  # others are of frameworks: "pt"
+            self.metadata = ScoresMetadata.parse(content.metadata) if named else None
         self._tensors = content.tensors
         self.names = set(content.tensors)
 
@@ -39,13 +41,14 @@ class ScoreFolder:
             raise UserError(self._field, str(self.folder), problem, REMEDY)
 
     def check(self, mask: MaskMetadata) -> None:
-        """Raises UserError unless these are scores of the mask's model and weights, by the mask's criterion."""
+        """Raises UserError unless these are scores of the mask's parameters and, if they say so, of its weights, by its
+        criterion."""
         for name, shape in mask.shapes.items():
             self.check_shape(name, shape)
         if others := sorted(self.names - set(mask.shapes)):
             problem = f"holds scores of {others[0]}, which the mask does not name"
             raise UserError(self._field, str(self.folder), problem, REMEDY)
-        if differences := self.metadata.differences(mask):
+        if self.metadata is not None and (differences := self.metadata.differences(mask)):
             raise UserError(self._field, str(self.folder), f"are not those of the mask: {differences[0]}", REMEDY)
 
     @cached_property

@@ -106,6 +106,13 @@ BUILT_IN: dict[str, BuiltIn] = {
     "falsereject": BuiltIn("AmazonScience/FalseReject", None, "test", "prompt", "benign"),
     "falsereject/train": BuiltIn("AmazonScience/FalseReject", None, "train", "prompt", "benign"),
 }
+
+
+def source_of(path: str) -> str:
+    """The file or hub id of a built-in set, by its name; any other path itself."""
+    return BUILT_IN[path].source if path in BUILT_IN else path
+
+
 # Columns that mark HarmBench's copyright rows, in the original and in its hub copy, in lower case.
 CATEGORY_COLUMNS = ("functionalcategory", "functional_category", "category")
 # A row with one of these columns has an answer: it is not a HarmBench row, and its context is not part of a prompt.

@@ -13,7 +13,7 @@ from typing import Any
 
 from esi_ds.data.benchmarks import CATEGORY_COLUMNS, context_of
 from esi_ds.data.columns import is_empty, strip
-from esi_ds.data.rows import Row, data_file, looks_like_file, read_rows
+from esi_ds.data.rows import Row, data_file, is_by_column, looks_like_file, read_rows
 from esi_ds.data.tables import read_data_text
 from esi_ds.errors import UserError
 from esi_ds.reading import is_text, parse_json, reading
@@ -80,6 +80,8 @@ def _test_cases(path: str, field: str) -> dict[str, list[str | None]] | None:
         except json.JSONDecodeError:  # JSON lines
             return None
     if not isinstance(content, dict) or not all(isinstance(cases, list) for cases in content.values()):
+        return None
+    if is_by_column(content):
         return None
     cases = [case for listed in content.values() for case in listed]
     are_cases = any(cases) and all(isinstance(case, str | None) for case in cases)

@@ -103,9 +103,11 @@ def _json_rows(text: str) -> list[Row]:
 
 
 def _wrapped_rows(content: dict[str, Any]) -> Any:
-    """The rows of an object that is more than a list. Raises ValueError where it has two lists of them."""
+    """The rows of an object that is more than a list. Raises ValueError where it has two lists of them, or columns."""
     if _is_row(content):
         return [content]
+    if is_by_column(content):
+        raise ValueError("it holds columns: write a list of objects, one a row (in pandas, orient='records')")
     lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
     named = [content[key] for key in ("data", "rows") if isinstance(content.get(key), list)]
     if len(named) > 1:
@@ -114,7 +116,18 @@ def _wrapped_rows(content: dict[str, Any]) -> Any:
         return (named or lists)[0]
     if content and all(isinstance(value, dict) for value in content.values()):
         return [{"id": key, **value} for key, value in content.items()]
-    return [content]
+    return [content] if content else []
+
+
+def is_by_column(content: dict[str, Any]) -> bool:
+    """Whether an object holds a list of texts, or an object of them by number, under the name of a question's column,
+    as ``datasets``, polars and pandas write a table."""
+    columns = [value for key, value in content.items() if key.strip().lower() in (*QUESTIONS, *ATTACKS)]
+    return any(
+        (isinstance(column, list) and all(cell is None or isinstance(cell, str) for cell in column))
+        or (isinstance(column, dict) and bool(column) and all(map(str.isdigit, column)))
+        for column in columns
+    )
 
 
 def _is_row(content: dict[str, Any]) -> bool:

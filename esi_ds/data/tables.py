@@ -69,6 +69,10 @@ def read_table(file: Path) -> list[dict[str, Any]]:
     """Rows of a CSV or TSV file whose first line names the columns. Raises OSError or ValueError."""
     header, *lines = read_lines(file) or [Line(1, [])]
     names = [name.strip() for name in header.cells]
+    # Spreadsheets write commas for columns that were used once and are empty.
+    while names[1:] and not names[-1] and all(len(line.cells) == len(names) and not line.cells[-1] for line in lines):
+        for cells in (names, *(line.cells for line in lines)):
+            cells.pop()
     _check_delimiter(names, file.suffix.lower())
     check_names(names)
     return table_rows(names, lines)

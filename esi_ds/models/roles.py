@@ -214,6 +214,16 @@ def tower_names(parameters: Sequence[Parameter]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.role == "tower"]
 
 
+def role_by_name(name: str, shape: tuple[int, ...]) -> str:
+    """The role of a scored parameter as its name alone tells it: ``other`` where that needs the model's modules, as for
+    fused experts."""
+    module_name, _, leaf = name.rpartition(".")
+    role = _role({module_name: nn.Module()}, module_name, leaf, shape, is_head=module_name == "lm_head")
+    if ".shared_expert" in name:
+        role = role.replace("mlp.", "shared.")
+    return role if role in SCORED else "other"
+
+
 def layer_of(name: str) -> int | None:
     """The number of the layer that a parameter or module belongs to."""
     return int(match.group(1)) if (match := LAYER.search(f"{name}.")) else None

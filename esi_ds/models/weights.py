@@ -14,10 +14,9 @@ from pathlib import Path
 
 from esi_ds.errors import UserError
 from esi_ds.reading import check_regular, is_bare_name, read_configuration, read_index, reading
-from esi_ds.tensor_files import INDEX_NAME, StoredTensor, read_header
+from esi_ds.tensor_files import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header
 
 CONFIG_NAME = "config.json"
-SINGLE_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 # Saved by torch's distributed checkpointing; transformers would read them first, in an order of its own.
 DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from esi_ds.config import Config, JudgeModel, Prompts, Rows
-from esi_ds.data.benchmarks import BUILT_IN
+from esi_ds.data.benchmarks import source_of
 from esi_ds.data.rows import exists, looks_like_file
 from esi_ds.errors import UserError
 from esi_ds.models import hub
@@ -20,7 +20,7 @@ def check_paths(config: Config, stage: str) -> None:
     Paths that cannot be hub ids come first: they need no request.
     """
     models = {field: path for field, path in _models(config, stage) if not exists(path)}
-    data = {field: path for field, path in _data(config, stage) if path not in BUILT_IN and not exists(path)}
+    data = {field: source for field, source in _data(config, stage) if not exists(source)}
     for field, path in models.items():
         if not hub.is_hub_id(path):
             raise hub.no_model(field, path)
@@ -29,6 +29,8 @@ def check_paths(config: Config, stage: str) -> None:
             raise UserError(field, path, "there is no such file", "give a file, a hub id or a built-in name")
     for field, path in models.items():
         hub.check_exists(path, "model", field)
+    if isinstance(config.data.responses, str):  # its own prompts are scored where the hub does not give others
+        data.pop("data.prompts.path", None)
     for field, path in data.items():
         hub.check_exists(path, "dataset", field)
 
@@ -49,18 +51,20 @@ def _models(config: Config, stage: str) -> Iterator[tuple[str, str]]:
 
 
 def _data(config: Config, stage: str) -> Iterator[tuple[str, str]]:
-    """(key, path) of every file or data set that the stage reads."""
+    """(key, file or hub id) of every data set that the stage reads."""
     if stage == "esi":
         prompts = config.data.prompts
         if prompts is not None and "safety" in config.objectives:
-            yield "data.prompts.path", prompts.path
+            yield "data.prompts.path", source_of(prompts.path)
         sources: list[tuple[str, Prompts | Rows | None]] = [
             ("data.tuning.path", config.data.tuning),
             ("data.benign.path", config.data.benign),
         ]
         if config.control is not None:
             sources += [("control.prompts.path", config.control.prompts), ("control.rows.path", config.control.rows)]
-        yield from ((field, section.path) for field, section in sources if section is not None)
+        for key, read in sources:
+            if read is not None:
+                yield key, source_of(read.path) if isinstance(read, Prompts) else read.path
         return
     if stage in ("set", "spa") and config.tune is not None:
         yield "tune.data.path", config.tune.data.path
@@ -71,4 +75,5 @@ def _data(config: Config, stage: str) -> Iterator[tuple[str, str]]:
         sets: tuple[tuple[str, list[Prompts]], ...] = (("prompts", config.eval.prompts), ("benign", config.eval.benign))
         for name, sections in sets:
             for number, section in enumerate(sections):
-                yield f"eval.{name}.{number}.path" if len(sections) > 1 else f"eval.{name}.path", section.path
+                field = f"eval.{name}.{number}.path" if len(sections) > 1 else f"eval.{name}.path"
+                yield field, source_of(section.path)

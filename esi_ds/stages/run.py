@@ -337,7 +337,7 @@ class StageRun(ABC, Generic[Inputs]):
             tracker.log(
                 "rank 0: " + ", ".join(f"{name}: {value}" for name, value in runtime.compute_resources().items())
             )
-            for line in ignored_sections(self.config):
+            for line in ignored_sections(self.config, self.stage):
                 tracker.log(line)
             if taken_over:
                 tracker.log(taken_over)

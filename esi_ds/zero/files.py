@@ -260,8 +260,8 @@ def by_parameter(shards: Iterable[Shard], values: Mapping[str, Tensor]) -> dict[
     return runs_of
 
 
-def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], ScoresMetadata]:
-    """float32 scores [shard.numel] by shard's name, and what they say of themselves.
+def read_scores(folder: Path, shards: Iterable[Shard], field: str) -> tuple[dict[str, Tensor], ScoresMetadata | None]:
+    """float32 scores [shard.numel] by shard's name, and what they say of themselves, if anything.
 
     Only these shards' bytes of the scores are kept. Digests are checked of whole parameters, which the ranks share out.
     Raises UserError naming ``field``, on every rank, where the folder does not hold scores of these parameters, or not

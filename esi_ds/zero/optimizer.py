@@ -9,6 +9,7 @@ keeps that of the last window. Nothing here imports deepspeed: its optimizer is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, overload
@@ -48,12 +49,12 @@ class MaskedAdamW(Optimizer):
     """AdamW restricted to the weights of a mask (``train="selected"``: SET) or to all others (``"complement"``: SPA).
 
     Args:
-        params_or_model: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or
+        model_or_params: a model, or (name, parameter) pairs with the full names of ``model.named_parameters()``, or
             groups of them (``{"params": [(name, parameter), ...], "lr": ...}``).
         mask: an ``esi_ds.Mask`` or its folder.
         unscored: ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases,
             routers, encoders of images and sound: under ZeRO-3 weight decay changes these even if no row reaches them).
-        router: the same for routers alone, even where the mask names them; ``params_or_model`` must then be a model.
+        router: the same for routers alone, even where the mask names them; ``model_or_params`` must then be a model.
             None: as the mask or ``unscored`` says.
         roles: the ``model.roles`` that the mask was made with.
 
@@ -62,15 +63,15 @@ class MaskedAdamW(Optimizer):
     their bits, and do not count in the gradient's norm: in plain PyTorch their gradients are zeroed as they arrive,
     until ``close()``, unless several ``MaskedAdamW`` train the parameter.
 
-    Raises UserError for parameters without names, for a damaged mask or one of another model, and where nothing would
-    train. Later it raises UserError where a training loop would train past the mask (docs/zero3.md §13, "In other
-    training loops"). Names and shapes decide whether a mask fits: a model in memory does not say which weights it was
-    loaded with. All bits of the mask are read once to check them.
+    Raises UserError for parameters without names, for a rule that cannot train (a negative ``lr``), for a damaged mask
+    or one of another model, and where nothing would train. Later it raises UserError where a training loop would train
+    past the mask (docs/zero3.md §13, "In other training loops"). Names and shapes decide whether a mask fits: a model
+    in memory does not say which weights it was loaded with. All bits of the mask are read once to check them.
     """
 
     def __init__(
         self,
-        params_or_model: nn.Module | Iterable[Any],
+        model_or_params: nn.Module | Iterable[Any],
         mask: Mask | str | Path,
         train: str = "selected",
         *,
@@ -82,9 +83,9 @@ class MaskedAdamW(Optimizer):
         router: str | None = None,
         roles: Mapping[str, str] | None = None,
     ):
-        groups, trained = resolve_trained(params_or_model, mask, train, unscored, router, roles)
+        groups, trained = resolve_trained(model_or_params, mask, train, unscored, router, roles)
         rule = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        self._begin(params_or_model, groups, trained, rule)
+        self._begin(model_or_params, groups, trained, rule)
 
     @classmethod
     def of(cls, model: nn.Module, trained: Trained, **rule: Any) -> MaskedAdamW:
@@ -97,11 +98,13 @@ class MaskedAdamW(Optimizer):
 
     def _begin(
         self,
-        params_or_model: nn.Module | Iterable[Any],
-        groups: Iterable[dict[str, Any]],
+        model_or_params: nn.Module | Iterable[Any],
+        groups: Sequence[dict[str, Any]],
         trained: Trained,
         rule: dict[str, Any],
     ) -> None:
+        for group in groups:
+            check_rule({**rule, **group})
         self.trained = trained
         self.parameters: dict[str, nn.Parameter] = {}
         self._coordinates: dict[int, Tensor | None] = {}
@@ -119,7 +122,7 @@ class MaskedAdamW(Optimizer):
         self._shapes = {name: whole_shape(tensor) for name, tensor in self.parameters.items()}
         super().__init__(kept_groups, {**rule, TRAINED_DIGEST: trained.digest})
         self.zero: FlatGroups | None = None
-        self._model = ref(params_or_model) if isinstance(params_or_model, nn.Module) else None
+        self._model = ref(model_or_params) if isinstance(model_or_params, nn.Module) else None
         self._other_steps = OtherSteps(self)
         self._hook = GradientHook(self)
         self._handles = [tensor.register_post_accumulate_grad_hook(self._hook) for tensor in self.parameters.values()]
@@ -454,6 +457,19 @@ def holders(tensor: Tensor) -> list[MaskedAdamW]:
     return [owner for owner in owners if owner is not None]
 
 
+def check_rule(rule: Mapping[str, Any]) -> None:
+    """Raise UserError for a value by which AdamW would train uphill, divide by zero or make every weight NaN.
+
+    rule: by ``RULE``; further keys are left alone.
+    """
+    lr, betas, eps, weight_decay = (rule[key] for key in RULE)
+    bounded = [("lr", lr, math.inf), ("eps", eps, math.inf), ("weight_decay", weight_decay, math.inf)]
+    for key, value, limit in (*bounded, *(("betas", beta, 1.0) for beta in betas)):
+        if not 0 <= value < limit:  # NaN too
+            below = "finite" if limit == math.inf else "below 1"
+            raise UserError(key, value, f"is not at least 0 and {below}", "give a number that is")
+
+
 def own_lr(group: Mapping[str, Any]) -> float:
     """The learning rate of a group before any schedule scales it: one that Trainer drops may have begun at 0."""
     return group.get("own_lr", group.get("initial_lr", group["lr"]))
@@ -503,7 +519,7 @@ def as_coordinates(trained: Trained, shards: Sequence[Shard], sizes: Sequence[in
 
 
 def resolve_trained(
-    params_or_model: nn.Module | Iterable[Any],
+    model_or_params: nn.Module | Iterable[Any],
     mask: Mask | str | Path,
     train: str,
     unscored: str,
@@ -522,10 +538,10 @@ def resolve_trained(
         if value not in known:
             raise UserError(name, value, "is unknown", f"give one of {', '.join(map(str, known))}")
     mask = (mask if isinstance(mask, Mask) else Mask.load(mask)).check_bits()
-    groups = named_groups(params_or_model)
+    groups = named_groups(model_or_params)
     named = {name: tensor for group in groups for name, tensor in group["params"]}
     shapes = {name: whole_shape(tensor) for name, tensor in named.items()}
-    parameters = _check(params_or_model, named, shapes, mask, roles)
+    parameters = _check(model_or_params, named, shapes, mask, roles)
     routers = router_names(parameters)
     if router is not None and not routers:
         raise UserError("router", router, "is set, but no router is known here", "give a model with routers")
@@ -537,11 +553,11 @@ def resolve_trained(
     return groups, trained
 
 
-def named_groups(params_or_model: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
+def named_groups(model_or_params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
     """Parameter groups whose ``params`` are (name, parameter) pairs. Raises UserError where there are no names."""
-    if isinstance(params_or_model, nn.Module):
-        return [{"params": list(params_or_model.named_parameters())}]
-    items = list(params_or_model)
+    if isinstance(model_or_params, nn.Module):
+        return [{"params": list(model_or_params.named_parameters())}]
+    items = list(model_or_params)
     groups = [dict(group) for group in items] if items and isinstance(items[0], dict) else [{"params": items}]
     for group in groups:
         pairs = list(group["params"])
@@ -549,7 +565,7 @@ def named_groups(params_or_model: nn.Module | Iterable[Any]) -> list[dict[str, A
             pairs = list(zip(group.pop("param_names"), pairs, strict=True))
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
             raise UserError(
-                "params_or_model",
+                "model_or_params",
                 None,
                 "holds parameters without names, which a mask cannot be matched with",
                 "give the model, or model.named_parameters()",
@@ -559,7 +575,7 @@ def named_groups(params_or_model: nn.Module | Iterable[Any]) -> list[dict[str, A
 
 
 def _check(
-    params_or_model: nn.Module | Iterable[Any],
+    model_or_params: nn.Module | Iterable[Any],
     named: dict[str, Tensor],
     shapes: dict[str, tuple[int, ...]],
     mask: Mask,
@@ -569,16 +585,23 @@ def _check(
 
     Raises UserError unless names and shapes are those of the mask (docs/method.md §3: fail closed).
     """
+    first_names: dict[int, str] = {}
     for name, tensor in named.items():
+        if (first := first_names.setdefault(id(tensor), name)) != name:
+            problem, remedy = (
+                f"is {first} by another name",
+                "give model.named_parameters(), which names a tied weight once",
+            )
+            raise UserError("model_or_params", name, problem, remedy)
         if isinstance(tensor, DTensor):
             problem = "is a DTensor: a mask cannot be cut as FSDP or tensor parallelism cuts weights"
-            raise UserError("params_or_model", name, problem, "use ZeRO-3, or plain PyTorch")
+            raise UserError("model_or_params", name, problem, "use ZeRO-3, or plain PyTorch")
         if not tensor.is_floating_point() or "4bit" in type(tensor).__name__ or "8bit" in type(tensor).__name__:
             raise UserError(
-                "params_or_model", name, "is quantised: it cannot be trained in place", "load it unquantised"
+                "model_or_params", name, "is quantised: it cannot be trained in place", "load it unquantised"
             )
-    if isinstance(params_or_model, nn.Module):
-        parameters = describe(params_or_model, shapes, roles)
+    if isinstance(model_or_params, nn.Module):
+        parameters = describe(model_or_params, shapes, roles)
         check_mask_structure(mask, parameters, "mask")
         return parameters
     # Without the model's modules there are no roles: every name of the mask must be present in its shape.

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
+from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 from weakref import ref
 
 import pytest
 import torch
 from builders import build_mask, build_masked_llama, load_model
+from conftest import ROOT
 from mask_folders import write_mask
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -431,6 +435,11 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
+def tied(model: nn.Module, folder: Path) -> list[tuple[str, nn.Parameter]]:
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return list(model.named_parameters(remove_duplicate=False))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -445,11 +454,49 @@ def reshaped(model: nn.Module, folder: Path) -> nn.Module:
         (parallel, "wrapped, as by torch.compile, checkpointing or data parallelism"),
         (reshaped, "has shape"),
         (lambda model, folder: list(model.named_parameters())[:-2], "not among the parameters"),
+        (tied, r"= lm_head\.weight: is model\.embed_tokens\.weight by another name; .*named_parameters\(\)"),
     ],
 )
 def test_refusals(folder: Path, change, message: str) -> None:
     with pytest.raises(UserError, match=message):
         esi_ds.MaskedAdamW(change(load_model(folder), folder), folder / "mask")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", -1e-4),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("betas", (1.0, 0.9)),
+        ("betas", (0.9, float("nan"))),
+        ("eps", -1e-8),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_a_rule_that_cannot_train_is_refused(folder: Path, key: str, value: object) -> None:
+    """As torch's AdamW does; a group's own values too. Nothing of the model has changed then."""
+    model = load_model(folder)
+    group = {"params": list(model.named_parameters()), key: value}
+    for arguments, options in (((model, folder / "mask"), {key: value}), (([group], folder / "mask"), {})):
+        with pytest.raises(UserError, match=f"{key} = .*: is not at least 0 and"):
+            esi_ds.MaskedAdamW(*arguments, **options)
+    assert all(tensor.requires_grad for tensor in model.parameters())
+
+
+def test_a_rule_of_zeros_and_a_rate_in_a_tensor_are_taken(folder: Path) -> None:
+    model, zeros = load_model(folder), {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    for lr in (0, torch.tensor(1e-2)):
+        esi_ds.MaskedAdamW(model, folder / "mask", lr=lr, **zeros).close()
+
+
+def test_the_entry_points_have_the_documented_signatures() -> None:
+    """docs/design.md §7, which other people's scripts follow."""
+    calls = re.findall(r"`esi_ds\.([\w.]+)\(([^`]*)\)`", (ROOT / "docs/design.md").read_text())
+    assert {name for name, _ in calls} == {"Mask.load", "MaskedAdamW", "freeze"}
+    for name, arguments in calls:
+        documented = [part.partition("=")[0].strip() for part in arguments.split(",") if part.strip() != "..."]
+        assert list(signature(attrgetter(name)(esi_ds)).parameters)[: len(documented)] == documented, name
 
 
 def test_a_mask_of_other_roles_says_so(folder: Path, tmp_path: Path) -> None:

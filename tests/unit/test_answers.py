@@ -180,6 +180,7 @@ def test_prompts_that_the_hub_does_not_provide(
         raise UserError(f"data.prompts.{key}", "org/set", "is away", "look")
 
     monkeypatch.setattr("esi_ds.stages.esi.prepare.load_section", load_section)
+    monkeypatch.setattr("esi_ds.models.hub.check_exists", lambda *_: None)
     file = file_of(tmp_path, [{"prompt": "Why?", "response": "w"}])
     with nullcontext() if is_used else pytest.raises(UserError, match=r"data\.prompts\.column"):
         data = esi_data("org/set", file)

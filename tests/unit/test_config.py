@@ -321,6 +321,10 @@ def test_a_deepspeed_file_beside_the_yaml_is_found(tmp_path: Path, monkeypatch: 
         ({"weight_quantization_config": {"quantized_initialization": {"num_bits": 8}}}, "weight_quantization_config"),
         ({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}}, "deepspeed.bfloat16: is given beside bf16"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "NVMe cannot be scored"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            "offload_optimizer.device = nvme: .* the mask cannot reach",
+        ),
         ({"managed_gradient_accumulation": False}, "deepspeed.managed_gradient_accumulation = False"),
         ({"torch_autocast": {"enabled": True, "dtype": "fp16"}}, "deepspeed.torch_autocast.*model.dtype = bf16"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights = True.*bf16"),
@@ -337,7 +341,6 @@ def test_deepspeed_settings_that_contradict(changes: dict, words: str) -> None:
         ({"zenflow": {"topk_ratio": 0.1}}, "zenflow.*SPA's own optimizer"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "offload_optimizer.ratio = 0.3"),
         ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "offload_optimizer.super_offload = True"),
-        ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device = nvme: .* the mask cannot reach"),
     ],
 )
 def test_what_spa_cannot_have_of_deepspeed(zero: dict, words: str) -> None:
@@ -584,8 +587,21 @@ def test_auto_is_filled_or_left_to_deepspeed() -> None:
 def test_settings_of_speed_that_are_ignored_are_told() -> None:
     for value, told in ((True, 2), (False, 0), ("auto", 0)):
         asked = {"activation_checkpointing": {"cpu_checkpointing": value}, "compile": {"deepcompile": value}}
-        lines = ignored_sections(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **asked}}))
+        lines = ignored_sections(validate({**BASE, "deepspeed": {"zero_optimization": {"stage": 3}, **asked}}), "set")
         assert len(lines) == told and all("ignored; " in line for line in lines)
+
+
+def test_an_offloaded_optimizer_is_spas_alone() -> None:
+    """Its file may be that of all stages; SET has an optimizer, which stays where it is."""
+    config = validate({**BASE, "deepspeed": "zero3_offload"})
+    assert {stage: len(ignored_sections(config, stage)) for stage in ("esi", "set", "spa", "eval", "perturb")} == {
+        **dict.fromkeys(("esi", "spa", "eval", "perturb"), 0),
+        "set": 1,
+    }
+    assert ignored_sections(config, "set")[0].startswith("deepspeed.zero_optimization.offload_optimizer: ignored; SET")
+    for offload in ("auto", {}, {"device": "none"}):
+        none = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+        assert ignored_sections(validate({**BASE, "deepspeed": none}), "set") == []
 
 
 def test_auto_paths_of_monitors_are_the_runs() -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mask_folders import units_of
+from mask_folders import units_of, write_mask
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,8 +23,10 @@ from esi_ds.core.select import Order, ScoreRun, first_invalid, key_to_score, med
 from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.errors import UserError
 from esi_ds.mask import main
+from esi_ds.stages.perturb.prepare import _scores_folder
 from esi_ds.tensor_files import read_tensor_folder
-from esi_ds.zero.files import read_scores, write_mask, write_scores
+from esi_ds.zero import files
+from esi_ds.zero.files import read_scores, write_scores
 from esi_ds.zero.score import check_scores
 
 FILE = "model-00001-of-00001.safetensors"
@@ -85,7 +87,7 @@ def write_run(folder: Path, scope: str = "model", order: str = "top", fingerprin
     about = {key: texts[key] for key in ("criterion", "contrastive", "total_numel", "fingerprint", "seed")}
     write_scores(folder / "scores", scored, shards, scores, {"format": "esi-scores/1", **about})
     units = [{"parameter": p.name, **asdict(unit)} for p in scored for unit in p.units]
-    write_mask(folder / "mask", scored, shards, bits, texts, units)
+    files.write_mask(folder / "mask", scored, shards, bits, texts, units)
     return folder
 
 
@@ -141,7 +143,6 @@ FALSE_BY_ITSELF = {
     "of unknown": ({"of": "some"}, "of = 'some'"),
     "scope": ({"scope": "matrix", "threshold": "null"}, "weights selected"),
     "scope unknown": ({"scope": "layer"}, "scope"),
-    "order": ({"order": "random"}, "threshold"),
     "order unknown": ({"order": "middle"}, "order"),
     "criterion empty": ({"criterion": " "}, "criterion"),
     "contrastive": ({"contrastive": "maybe"}, "contrastive"),
@@ -395,10 +396,28 @@ def test_scores_of_another_model_or_without_a_name(tmp_path: Path, capsys: pytes
     mask, others = tmp_path / "one/mask", tmp_path / "one/others"
     shown = refused(capsys, "select", mask, tmp_path / "new", "--scores", others, "--ratio", "0.1")
     assert "fingerprint" in shown and not (tmp_path / "new").exists()
-    save_file(load_file(others / FILE), others / FILE)
+    save_file(load_file(others / FILE), others / FILE, metadata={"format": "esi-mask/1"})
     assert "format" in refused(capsys, "select", mask, tmp_path / "new", "--scores", others, "--ratio", "0.1")
     with pytest.raises(UserError, match="perturb.scores"):
         read_scores(others, [], "perturb.scores")
+
+
+def test_scores_from_another_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may say nothing of themselves, and lie in one file without an index; what they select shows whose they are.
+    Those of other weights select others than the mask holds."""
+    for name, seed in (("one", 3), ("two", 4)):
+        scores = write_run(tmp_path / name, seed=seed) / "scores"
+        save_file(load_file(scores / FILE), scores / "model.safetensors", metadata={"format": "pt"})
+        for file in (FILE, INDEX_NAME, "digests.json"):
+            (scores / file).unlink()
+    assert read_scores(scores, [], "perturb.scores") == ({}, None)
+    assert main([str(argument) for argument in select_from(tmp_path / "one")]) == 0
+    assert "does not say whose scores it holds: taken as the mask's" in capsys.readouterr().out
+    assert Mask.load(tmp_path / "one/new").header.seed == 3
+    for mask in ("mask", "new"):
+        assert main(["verify", str(tmp_path / "one" / mask), "--scores", str(tmp_path / "one/scores")]) == 0
+    assert "bits differ" in refused(capsys, "verify", tmp_path / "one/mask", "--scores", scores)
+    assert _scores_folder(str(scores), Mask.load(tmp_path / "two/mask"), []) == scores
 
 
 NAMES = ["../other/" + FILE, "/tmp/" + FILE, "..", "units.json", INDEX_NAME, "a/b.safetensors", ""]
@@ -485,6 +504,80 @@ def test_a_mask_from_another_tool(tmp_path: Path) -> None:
     save_file(load_file(mask / FILE), mask / FILE, metadata=texts)
     assert main(["verify", str(mask)]) == 0
     assert Mask.load(mask).header == replace(header, offsets=None, ratio=header.k / header.total_numel, seed=0)
+
+
+def test_a_mask_that_states_no_offsets_and_no_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal scores go by the order of the shapes, layer and role by the names; a random order needs the positions."""
+    modules = dict.fromkeys(("self_attn.v_proj", "mlp.experts.1.up_proj", "mlp.shared_expert.up_proj"), "weight")
+    modules["mlp.experts"] = "down_proj"
+    names = [f"model.layers.{layer}.{name}.{leaf}" for layer in (1, 0) for name, leaf in modules.items()]
+    scores = {name: (torch.arange(24) % 3 + 1).reshape((2, 3, 4) if "down" in name else (4, 6)) / 2 for name in names}
+    masks = {name: values == 1.5 for name, values in scores.items()}
+    masks[names[-1]].view(-1)[-4:] = False  # the last two of many equal scores
+    folder = write_mask(tmp_path / "mask", masks, total_numel="300", threshold="1.5")
+    write_scores_alone(tmp_path / "scores", scores)
+    assert main(["verify", str(folder), "--scores", str(tmp_path / "scores")]) == 0
+    assert main([str(argument) for argument in select_from(tmp_path)]) == 0
+    new = Mask.load(tmp_path / "new")
+    assert torch.cat([new.bits(name) for name in new.names]).nonzero().flatten().tolist() == list(range(2, 90, 3))
+    at_random = ["select", folder, tmp_path / "more", *select_from(tmp_path)[3:], "--order", "random"]
+    assert "random order follows from" in refused(capsys, *at_random)
+    assert main(["info", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert {line.split()[0] for line in shown.splitlines() if line} >= {
+        *("attention.v", "expert.up", "shared.up", "other"),
+        *("0", "1"),
+    }
+
+
+def write_scores_alone(folder: Path, scores: dict[str, torch.Tensor]) -> None:
+    """In one file, without an index and metadata."""
+    folder.mkdir()
+    save_file(scores, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("stating_first", [True, False])
+def test_masks_are_compared_by_the_matrices_of_the_one_that_states_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stating_first: bool
+) -> None:
+    mask = write_run(tmp_path) / "mask"
+    loaded = Mask.load(mask)
+    bits = {name: loaded.tensor(name) for name in reversed(loaded.names)}
+    other = write_mask(tmp_path / "other", bits, total_numel=str(loaded.total_numel))
+    main(["compare", *map(str, (mask, other) if stating_first else (other, mask))])
+    shown = capsys.readouterr().out
+    assert "role attention.v" in shown and "layer 1" in shown and "role other" not in shown
+    assert "made with others" not in shown
+    assert all(line.split()[-2:] == ["100.00%", "1.0000"] for line in shown.splitlines() if line.startswith("role"))
+
+
+@pytest.mark.parametrize("threshold", ["null", "0.0", "7.5", "nan", "none"])
+def test_the_threshold_of_a_random_mask_says_nothing(tmp_path: Path, threshold: str) -> None:
+    mask = write_run(tmp_path, order="random") / "mask"
+    forget_digests(mask)
+    state(mask, threshold=threshold)
+    assert Mask.load(mask).header.threshold is None
+    assert main(["verify", str(mask), "--scores", str(tmp_path / "scores")]) == 0
+
+
+def test_a_threshold_is_a_number_of_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its shortest text, as NumPy writes it, is another number of 64 bits."""
+    scores = {"a": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    write_scores_alone(tmp_path / "scores", scores)
+    for text, code in (("0.3", 0), (repr(float(scores["a"][2])), 0), ("0.30000004", 2), ("1e300", 2)):
+        mask = write_mask(tmp_path / "mask", {"a": scores["a"] > 0.25}, threshold=text)
+        assert main(["verify", str(mask), "--scores", str(tmp_path / "scores")]) == code, text
+    assert "threshold is 1e+300, the scores have 0.30000001" in capsys.readouterr().out
+
+
+def test_a_mask_in_one_file_without_an_index(tmp_path: Path) -> None:
+    mask = write_mask(tmp_path / "mask", {"a": torch.tensor([True, False, True])})
+    (mask / FILE).rename(mask / "model.safetensors")
+    (mask / INDEX_NAME).unlink()
+    assert Mask.load(mask).tensor("a").tolist() == [True, False, True] and main(["verify", str(mask)]) == 0
+    (mask / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.safetensors: is missing or damaged"):
+        Mask.load(mask)
 
 
 def test_the_order_of_parameters_is_that_of_their_offsets(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from esi_ds.errors import UserError
 from esi_ds.models import hub
 from esi_ds.models.folder import ModelSource, checkpoint_folder, load_model_config
 from esi_ds.models.hub import is_hub_id
+from esi_ds.stages.esi.prepare import _read_data
 from esi_ds.stages.paths import check_paths
 
 EXAMPLES = ROOT / "examples"
@@ -36,12 +37,12 @@ def whole() -> dict:
         "run": {"output_dir": "x"},
         "model": {"path": MODEL},
         "judge": {"path": GUARD},
-        "data": {"prompts": {"path": "advbench"}, "tuning": {"path": ROWS}, "benign": {"path": ROWS}},
+        "data": {"prompts": {"path": "examples/harmful"}, "tuning": {"path": ROWS}, "benign": {"path": ROWS}},
         "tune": {"mask": "m", "data": {"path": ROWS, "benign": {"path": ROWS, "fraction": 0.5}}},
         "eval": {
             "models": [{"path": MODEL, "name": "a"}, {"answers": "answers.jsonl", "name": "b"}],
             "judges": [{"kind": "words"}, {"kind": "guard", "path": GUARD}],
-            "prompts": [{"path": "examples/harmful"}, {"path": "wildjailbreak/train"}],
+            "prompts": [{"path": "examples/harmful"}, {"path": ROWS}],
             "benign": {"path": ROWS},
         },
     }
@@ -129,6 +130,33 @@ def test_what_may_be_a_folder_or_a_hub_id_is_told_as_both(key: str, reason: str,
     assert fabricated.asked == [("model" if key in MODELS else "dataset", "judges/guard")]
 
 
+@pytest.mark.parametrize("key", ["data.prompts.path", "eval.prompts.1.path", "eval.benign.path"])
+def test_a_built_in_set_is_asked_for_by_its_hub_id(key: str, fabricated: Hub, tmp_path: Path) -> None:
+    """``datasets`` would try for half a minute on a node without a network."""
+    fabricated.error = ABSENT["the hub cannot be reached (no such name)"]
+    with pytest.raises(UserError, match=rf"{key} = walledai/AdvBench: there is no such file here, and the hub cannot"):
+        check_paths(changed(key, "advbench"), DATA[key][0])
+    assert fabricated.asked == [("dataset", "walledai/AdvBench")]
+    (tmp_path / "hub/datasets--walledai--AdvBench/snapshots").mkdir(parents=True)
+    check_paths(changed(key, "advbench"), DATA[key][0])
+    assert len(fabricated.asked) == 1
+
+
+@pytest.mark.parametrize("path", ["advbench", "org/set"])
+def test_prompts_that_a_file_answers_may_be_out_of_reach(path: str, fabricated: Hub, tmp_path: Path) -> None:
+    """The file's own are scored instead, after one request; what is no hub id is a slip."""
+    fabricated.error = ABSENT["the hub cannot be reached (no such name)"]
+    file = tmp_path / "responses.jsonl"
+    file.write_text(json.dumps({"prompt": "Why?", "response": "w"}))
+    config = validate({**whole(), "data": {"prompts": {"path": path}, "responses": str(file)}})
+    check_paths(config, "esi")
+    read = _read_data(config)
+    assert read.prompts == ["Why?"] and "the hub cannot be reached" in read.remarks[0] and len(fabricated.asked) == 1
+    slip = validate({**whole(), "data": {"prompts": {"path": "runs/old/prompts"}, "responses": str(file)}})
+    with pytest.raises(UserError, match="there is no such file"):
+        check_paths(slip, "esi")
+
+
 @pytest.mark.parametrize("error", [answer(GatedRepoError, 403), httpx2.ReadTimeout("busy"), ValueError("odd")])
 def test_other_answers_of_the_hub_are_left_to_the_download(error: Exception, fabricated: Hub) -> None:
     fabricated.error = error
@@ -174,11 +202,15 @@ def test_readers_of_a_folder_say_the_same(fabricated: Hub, tmp_path: Path) -> No
             read(source)
 
 
-def test_prompts_to_ask_are_checked_first(fabricated: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("source", ["data/prompts", "advbench"])
+def test_prompts_to_ask_are_checked_first(
+    fabricated: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
     fabricated.error = ABSENT["the hub cannot be reached (no such name)"]
     words = ["--base-url", "http://localhost:1/v1", "--model", "m", "--output", str(tmp_path / "a.jsonl")]
-    assert ask.main([*words, "--prompts", "data/prompts"]) == 2
-    assert "--prompts = data/prompts: there is no such file here, and the hub cannot be" in capsys.readouterr().err
+    assert ask.main([*words, "--prompts", source]) == 2
+    asked = {"advbench": "walledai/AdvBench"}.get(source, source)
+    assert f"--prompts = {asked}: there is no such file here, and the hub cannot be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", [*MODELS, *DATA])

@@ -64,6 +64,11 @@ def test_shipped_configs_with_nothing_there(
     if stage == "set":
         trained = next(line for line in shown.splitlines() if line.startswith("trained weights")).split()[2]
         assert size == f"{12 * int(trained.replace(',', '')) / 2**30:.4g} GiB"
+        count = int(trained.replace(",", ""))
+        assert re.search(rf"model on disk +{2 * 140_630_071_296 / 2**30:.4g} GiB\n", shown)
+        # Scored are all matrices but the embedding and the routers; each has selected weights.
+        scored = 140_630_071_296 - 32768 * 6144 - 56 * 8 * 6144 - (2 * 56 + 1) * 6144
+        assert re.search(rf"patch on disk +{(scored / 8 + 4 * count) / 2**30:.4g} GiB at most\n", shown)
     if stage != "esi":
         assert "1,406,300,712 weights, expected" in shown and "not known" in shown  # ⌊0.01 · weights⌋
 

@@ -37,6 +37,8 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
         ('goal,target\n"a\nb",x\nSteal, then run,x\n', "line 4 has 3 cells"),
         ("goal,target\na,x\nb\n", "line 3 has 1 cell, and the file has 2 columns"),
         ("goal,goal\na,b\n", "two columns are named 'goal'"),
+        ("goal,,\na,,x\n", "two columns are named ''"),
+        ("goal,target,,\na,x\n", "two columns are named ''"),
         ("goal, goal \na,b\n", "two columns are named 'goal'"),
         ("goal,target\nb,x\0y\n", "line 2 holds a NUL"),
         ("goal,target\n", "holds no rows"),
@@ -81,6 +83,8 @@ def test_another_delimiter_is_named(name: str, text: str, problem: str, tmp_path
         "goal,target\n\na,x\n\nb,y",
         ' goal ,target\n"a",x\n"b",y\n',
         "Goal,TARGET\na,x\nb,y\n",
+        "goal,target,,\na,x,,\nb,y,,\n",
+        "goal,target,\na,x,\nb,y,\n",
     ],
 )
 def test_tables_as_programs_write_them(text: str, tmp_path: Path) -> None:
@@ -199,6 +203,22 @@ def test_an_object_around_rows(wrapped: dict, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({key: rows if value == "ROWS" else value for key, value in wrapped.items()}))
     assert read_rows(str(file), "f") == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{}", "holds no rows"),
+        ('{"prompt": ["a b", "c"]}', "it holds columns: write a list of objects"),
+        ('{"Goal": ["a b", null], "target": ["x", "y"]}', "it holds columns"),
+        ('{"prompt": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}}', "it holds columns"),
+    ],
+)
+def test_tables_written_by_column(text: str, problem: str, tmp_path: Path) -> None:
+    """The first list was taken for test cases of HarmBench's behaviour "prompt"."""
+    with pytest.raises(UserError, match=problem) as raised:
+        load_prompts(write(tmp_path, "rows.json", text))
+    assert raised.value.field == "data.prompts.path"
 
 
 def test_json_lines_as_programs_write_them(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from esi_ds.config.needs import scores_given
 from esi_ds.core.select import check_ratio, share_sizes
 from esi_ds.data.answers import MISSING, check_unmixed, counted_responses, matched_rows
 from esi_ds.data.asked import Asked
-from esi_ds.data.benchmarks import Kind
+from esi_ds.data.benchmarks import Kind, source_of
 from esi_ds.data.chat import (
     EncodedResponse,
     answerable,
@@ -34,7 +34,7 @@ from esi_ds.data.chat import (
 )
 from esi_ds.data.end_tokens import end_tokens
 from esi_ds.data.goals import GOAL, has_unread_goals, recorded_goals
-from esi_ds.data.prompts import PromptSet, load_responses, load_section, question_sections, recorded_scores, where_from
+from esi_ds.data.prompts import PromptSet, load_responses, load_section, question_sections, recorded_scores
 from esi_ds.data.rows import Row, looks_like_file
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import (
@@ -73,6 +73,7 @@ from esi_ds.judge.families import Family
 from esi_ds.judge.guard import longest_guard_input
 from esi_ds.judge.pairs import EncodedPair, PairEncoder
 from esi_ds.judge.recognition import choose_family
+from esi_ds.models import hub
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_model, meta_parameters
 from esi_ds.reading import json_sha256
@@ -320,10 +321,13 @@ def _matched_data(section: Prompts, rows: Sequence[Row], answered: PromptData) -
     """The prompts of ``data.prompts`` with what a file of responses has of each; the file's own prompts, and a remark,
     where it answers none of them or the hub does not provide them. rows, answered: of the whole file."""
     path, texts, scores, goals = answered.source["responses"], answered.responses or [], answered.scores, answered.goals
+    source = source_of(section.path)
+    is_file = looks_like_file(source)
     try:
+        if not is_file:
+            hub.check_exists(source, "dataset", "data.prompts.path")
         read = load_section(section, "data.prompts")
     except UserError as error:
-        is_file = looks_like_file(where_from(section.path, section.name, section.split)[0])
         if is_file or error.field != "data.prompts.path":  # a slip: no such file, or no such column
             raise
         return _own_prompts(section, rows, answered, f"data.prompts = {section.path} cannot be read ({error.problem})")

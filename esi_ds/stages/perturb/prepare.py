@@ -18,7 +18,7 @@ from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.meta import meta_parameters
 from esi_ds.reading import json_sha256
 from esi_ds.stages.evaluate.prepare import Candidate, EvalInputs, prepare_eval
-from esi_ds.tensor_files import INDEX_NAME
+from esi_ds.tensor_files import INDEX_NAME, SINGLE_NAME
 
 CLEAN = "clean"
 
@@ -121,7 +121,7 @@ def _scores_folder(configured: str | None, mask: Mask, by_scores: list[NoiseCell
     Raises UserError if it is needed and missing.
     """
     folder = Path(configured) if configured is not None else _scores_beside(mask.path)
-    if (folder / INDEX_NAME).is_file():
+    if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
         return folder
     if configured is None and not by_scores:
         return None

@@ -133,7 +133,7 @@ class PerturbRun(StageRun[PerturbInputs]):
         if inputs.scores is None:
             return None
         scores, metadata = read_scores(inputs.scores, model.scored, "perturb.scores")
-        if metadata.fingerprint != inputs.mask.fingerprint:
+        if metadata is not None and metadata.fingerprint != inputs.mask.fingerprint:
             raise UserError(
                 "perturb.scores",
                 str(inputs.scores),

@@ -7,7 +7,8 @@ from pathlib import Path
 from esi_ds.config import Config, Tune, resolved_yaml
 from esi_ds.config.needs import check_mix, require_tune, unread_benign, unread_of_eval
 from esi_ds.config.tuning import benign_among
-from esi_ds.core.mask import NO_MASK
+from esi_ds.core.footprint import WEIGHT_BYTES
+from esi_ds.core.mask import NO_MASK, num_bytes
 from esi_ds.core.select import model_k
 from esi_ds.core.trained import Trained
 from esi_ds.core.units import Parameter
@@ -24,6 +25,7 @@ from esi_ds.stages.plan.memory import (
     checkpoint_on_disk,
     describe_work,
     expected_trained,
+    human_bytes,
     is_compact,
     known_trained,
     print_bytes,
@@ -123,6 +125,12 @@ def _weight_facts(
     # SPA's engine has masters and moments of whole parameters; SET of the trained weights.
     num_stored = total if stage == "set" else sum(p.numel for p in parameters if by_parameter.get(p.name))
     facts["checkpoint on disk"] = checkpoint_on_disk(12 * num_stored, 12 * num_stored)  # each in fp32
+    tune, weight = require_tune(config), WEIGHT_BYTES[config.model.dtype]
+    if tune.export:
+        facts["model on disk"] = human_bytes(weight * sum(parameter.numel for parameter in parameters))
+    if tune.patch:  # a bit a weight, and the old and the new value of those that have changed
+        bits = sum(num_bytes(p.numel) for p in parameters if by_parameter.get(p.name))
+        facts["patch on disk"] = f"{human_bytes(bits + 2 * weight * total)} at most"
     return facts
 
 
