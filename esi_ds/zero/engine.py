@@ -41,7 +41,8 @@ class ShardedModel:
     Attributes:
         module: the live model.
         parameters: every parameter, in the model's order.
-        expert_blocks, routers: name → module, by the names that the model had before DeepSpeed took it.
+        expert_blocks: those of ``models.roles``, by the names that the model had before DeepSpeed took it.
+        routers: name → module, likewise.
         expert_parallel: whether AutoEP has placed experts on different ranks.
         layouts: what each live tensor holds when it is gathered, in the model's order. A tensor holds one whole
             parameter, except for experts under expert parallelism.
@@ -62,9 +63,9 @@ class ShardedModel:
         optimizer: Optimizer | None = None,
         roles: Mapping[str, str] | None = None,
     ):
-        self.expert_blocks = expert_blocks(module)
-        for block in self.expert_blocks.values():
-            _keep_together(block)
+        self.expert_blocks = expert_blocks(module, roles)
+        for name in self.expert_blocks:
+            _keep_together(module.get_submodule(name))
         self.parameters = describe(module, full_shapes(module), roles)
         self.expert_parallel = expert_parallel.is_on(deepspeed_config)
         self._zero_settings = deepspeed_config.get("zero_optimization", {})
