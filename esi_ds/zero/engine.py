@@ -72,7 +72,7 @@ class ShardedModel:
         experts = [
             len({u.expert for u in p.units}) for p in self.parameters if p.units and p.units[0].expert is not None
         ]
-        check_experts(deepspeed_config, experts)
+        check_experts(deepspeed_config, experts, self.expert_blocks)
         if experts:
             mend_grouped_product()
         tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
@@ -350,19 +350,18 @@ def _initialize(
     """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model, or DeepSpeed says that it cannot
     do what the config asks for."""
     settings = copy.deepcopy(deepspeed_config)
-    if not expert_parallel.is_on(settings):
-        try:
-            return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        except (AssertionError, ValueError) as error:
-            if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
-                raise
-            raise refused("deepspeed", None, error) from error
-    expert_parallel.mend_registry()
-    expert_parallel.mend_grouped_experts()
+    if expert_parallel.is_on(settings):
+        expert_parallel.mend_registry()
+        expert_parallel.mend_grouped_experts()
     try:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    except ValueError as error:
-        raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", expert_parallel.REMEDY) from error
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+        if any("module_inject" in parts for parts in files):  # AutoEP takes a block for what it is not
+            raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", expert_parallel.REMEDY) from error
+        if isinstance(error, (AttributeError, TypeError)) or "deepspeed" not in files[-1]:
+            raise
+        raise refused("deepspeed", None, error) from error
 
 
 def persistent_buffers(module: nn.Module) -> tuple[str, ...]:
