@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from esi_ds.config import Config
 from esi_ds.config.deepspeed_file import read_deepspeed_file
 from esi_ds.errors import UserError
-from esi_ds.reading import check_type
+from esi_ds.reading import check_type, reading
 
 # The keys that DeepSpeed 0.19.8 reads, with the kind of their values; it silently ignores every other key. Sections
 # that this toolkit refuses, and those that it has removed, are refused with their own messages.
@@ -276,14 +277,17 @@ def expert_parallel_size(settings: Mapping[str, Any]) -> int | None:
     return settings["expert_parallel"]["autoep_size"] if "expert_parallel" in settings else None
 
 
-def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int]) -> None:
+def check_experts(settings: Mapping[str, Any], num_experts: Iterable[int], listed: Collection[str] = ()) -> None:
     """Raises UserError if expert parallelism does not fit a model.
 
-    num_experts: the number of routed experts of every layer that has any.
+    num_experts: the number of routed experts of every layer that has any. listed: names of blocks with a list of them.
     """
     size = expert_parallel_size(settings)
     if size is None:
         return
+    if listed:
+        problem = "has its experts in a list, but only experts fused in one tensor are supported"
+        raise UserError(EXPERT_PARALLEL, next(iter(listed)), problem, f"remove {EXPERT_PARALLEL}")
     counts = sorted(set(num_experts))
     if not counts:
         raise UserError(AUTOEP_SIZE, size, "the model has no routed experts", f"remove {EXPERT_PARALLEL}")
@@ -308,6 +312,9 @@ def _check_expert_parallel(settings: dict[str, Any], world_size: int) -> None:
         remedy = "give a number that divides the ranks and every layer's experts"
         problem = "is missing" if size is None else "is not a number above 0"
         raise UserError(AUTOEP_SIZE, size, problem, remedy)
+    pattern = section.get("moe_layer_pattern")
+    with reading(f"{EXPERT_PARALLEL}.moe_layer_pattern", pattern, "write one", "is not a regular expression"):
+        re.compile("" if pattern is None else pattern)
     _check_beside_experts(settings, section)
     if world_size % size:
         fitting = ", ".join(map(str, _divisors(world_size)))

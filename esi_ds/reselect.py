@@ -42,7 +42,7 @@ from esi_ds.core.select import (
 )
 from esi_ds.core.units import Unit, assign
 from esi_ds.errors import UserError
-from esi_ds.models.roles import SCORED, expert_of, layer_of, role_by_name
+from esi_ds.models.roles import SCORED, expert_by_name, layer_of, role_by_name
 from esi_ds.ranks import Ranks
 from esi_ds.reading import check_type, parse_json, read_text, reading
 from esi_ds.tensor_files import DIGESTS_NAME, INDEX_NAME
@@ -92,7 +92,7 @@ def read_units(mask: Mask) -> dict[str, list[Unit]]:
     written = mask.index_metadata.get(UNITS_DIGEST)
     if not states_units(mask):
         return {
-            name: [Unit(name, role_by_name(name, shape), layer_of(name), expert_of(name), 0, mask.numel(name))]
+            name: [Unit(name, role_by_name(name, shape), layer_of(name), expert_by_name(name), 0, mask.numel(name))]
             for name, shape in mask.shapes.items()
         }
     units: dict[str, list[Unit]] = {name: [] for name in mask.names}

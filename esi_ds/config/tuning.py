@@ -62,7 +62,7 @@ class Tune(Section):
     router: Literal["freeze", "train"] | None = Field(
         None,
         description="What happens to routers, even where the mask names them; null means as the mask or tune.unscored "
-        "says.",
+        "says. Their correction biases are always frozen.",
     )
     reduction: Literal["auto", "compact", "scatter"] = Field(
         "auto", description="How SET reduces gradients: once a step (compact), or sharded in the hooks (scatter)."

@@ -8,14 +8,13 @@ counted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from esi_ds.core.mask import num_bytes
 from esi_ds.core.stored import MODEL_DTYPES
-from esi_ds.core.units import EXPERT, Parameter
+from esi_ds.core.units import Parameter
 
 WEIGHT_BYTES = {name: dtype.itemsize for name, dtype in MODEL_DTYPES.items()}
 FP32 = 4
@@ -183,10 +182,11 @@ def transient(
     A block whose experts are listed, each a module of its own, is gathered as one module. weight: bytes of a weight.
     trained: parameters that get a gradient have a number above 0. recompute: whether activations are checkpointed.
     """
-    blocks = {name[: match.start()] for name in (t.parameter.name for t in tensors) if (match := EXPERT.search(name))}
+    blocks = {tensor.parameter.block for tensor in tensors}
     modules: dict[str, list[GatheredTensor]] = {}
     for tensor in tensors:
-        modules.setdefault(_module_of(tensor.parameter.name, blocks), []).append(tensor)
+        module = tensor.parameter.block or tensor.parameter.name.rpartition(".")[0]
+        modules.setdefault(module, []).append(tensor)
     saved = 0 if recompute else weight * sum(tensor.numel for tensor in tensors if _is_saved(tensor))
     transients: list[Transient] = []
     for module, members in modules.items():
@@ -194,12 +194,6 @@ def transient(
         gradient = _gradient(learning, weight, stage, compact, module in blocks) if learning else 0.0
         transients.append(Transient(module, _gathered(members, weight, recompute) + saved, gradient))
     return max(transients, key=lambda transient: transient.total)
-
-
-def _module_of(name: str, blocks: Collection[str]) -> str:
-    """The module that ZeRO-3 gathers for a parameter: the block of ``blocks`` that it is in, else its own."""
-    around = accumulate(name.split(".")[:-1], "{}.{}".format)
-    return next((module for module in around if module in blocks), name.rpartition(".")[0])
 
 
 def _gradient(learning: Sequence[GatheredTensor], weight: int, stage: str, compact: bool, is_block: bool) -> float:

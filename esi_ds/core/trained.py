@@ -19,8 +19,9 @@ class Trained:
 
     train: ``selected`` | ``complement``. unscored: ``freeze`` | ``train``, for parameters that the mask does not name.
     shapes: of every parameter, in the model's order. routers: names of the routers' parameters. router: ``freeze`` |
-    ``train`` for these, whether or not the mask names them; None: as the mask or ``unscored`` says. towers: names of
-    parameters that no text gives a gradient: they are always frozen, since weight decay would shrink them.
+    ``train`` for these, whether or not the mask names them; None: as the mask or ``unscored`` says. towers, biases:
+    names of parameters of towers, and routers' correction biases. No text gives either a gradient: they are always
+    frozen, since weight decay would shrink them.
     """
 
     def __init__(
@@ -32,9 +33,12 @@ class Trained:
         routers: Collection[str] = (),
         router: str | None = None,
         towers: Collection[str] = (),
+        biases: Collection[str] = (),
     ):
         self.mask, self.train, self.unscored = mask, train, unscored
         self.routers, self.router, self.towers = frozenset(routers), router, frozenset(towers)
+        self.biases = frozenset(biases)
+        self._frozen = self.towers | self.biases
         self.numels = {name: math.prod(shape) for name, shape in shapes.items()}
 
     @cached_property
@@ -45,6 +49,8 @@ class Trained:
             settings["masked_routers"] = self.router
         if self.towers and self.unscored == "train":
             settings["towers"] = "freeze"
+        if self.biases and settings["router"] == "train":
+            settings["correction_biases"] = "freeze"
         if self.mask.digests:
             return json_sha256({**identity(self.mask), **settings})
         bits = self.mask.digests_of_bits() if self.mask.k else {}
@@ -57,12 +63,12 @@ class Trained:
 
     def is_masked(self, name: str) -> bool:
         """Whether the mask decides which of a parameter's weights train; else all of them do, or none."""
-        is_overruled = name in self.towers or (name in self.routers and self.router is not None)
+        is_overruled = name in self._frozen or (name in self.routers and self.router is not None)
         return name in self.mask.shapes and not is_overruled
 
     def _trains_whole(self, name: str) -> bool:
         """Whether a parameter that is not masked trains."""
-        if name in self.towers:
+        if name in self._frozen:
             return False
         return ((name in self.routers and self.router) or self.unscored) == "train"
 

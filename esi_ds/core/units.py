@@ -7,14 +7,11 @@ of flat positions: ``count`` runs of ``length`` elements, ``stride`` apart, from
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-EXPERT = re.compile(r"\.experts\.(\d+)\.")  # in the name of an expert that is a module of its own: its number
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,7 @@ class Parameter:
 
     offset: number of weights in all parameters before it, so ``offset + flat index`` is a weight's global position, the
     second key of the selection order. role: see ``models.roles``. units: empty where the parameter is not scored.
+    block: name of the block with a list of experts that it is in, which ZeRO-3 gathers as one; None elsewhere.
     """
 
     name: str
@@ -100,6 +98,7 @@ class Parameter:
     offset: int
     role: str
     units: tuple[Unit, ...]
+    block: str | None = None
 
     @property
     def numel(self) -> int:

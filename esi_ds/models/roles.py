@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from esi_ds.core.units import EXPERT, Parameter, Unit
+from esi_ds.core.units import Parameter, Unit
 from esi_ds.errors import UserError
 from esi_ds.models.fused import attention_layout, has_gate_up, is_known_code, units_of
 from esi_ds.words import counted
@@ -58,6 +59,9 @@ OUTSIDE_ATTENTION = {
     "intermediate.dense": "mlp.up",  # BERT's feed-forward layers
     "output.dense": "mlp.down",
     "feed_forward.dense.dense": "mlp.up",  # Reformer's
+    "feed_forward.w1": "mlp.gate",  # LFM2's, and Llama's own code's
+    "feed_forward.w3": "mlp.up",
+    "feed_forward.w2": "mlp.down",
     "mlp.c_fc": "mlp.up",
     "mlp.c_proj": "mlp.down",
     "mlp.fc_in": "mlp.up",
@@ -78,6 +82,7 @@ ROUTER_LEAVES = frozenset({"gate", "router", "wg", "shared_expert_gate"})
 CORRECTION_BIASES = frozenset({"expert_bias", "e_score_correction_bias"})
 ATTENTION_NAMES = frozenset({"self_attn", "self_attention", "attention", "attn"})
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 SHARED = re.compile(r"\.shared_(?:experts?|mlp)\.")
 ATTENTION_PATH = re.compile(r"(?:^|[._])(?:\w*_)?(?:attn|attention)s?(?:\.|$)")
 # What stands between a tower and the text model, by the names that transformers' multimodal models give it.
@@ -108,12 +113,16 @@ def describe(
     head = getattr(get_head(), "weight", None) if get_head is not None else None
     # Where a head is tied to them, its name may come first (XLM-RoBERTa's).
     embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
-    outside = towers(model)
+    outside, blocks = towers(model), expert_blocks(model, roles)
+    numbers = {expert: number for experts in blocks.values() for number, expert in enumerate(experts)}
     parameters: list[Parameter] = []
     offset = 0
     for name, tensor in model.named_parameters():
         shape = tuple(shapes[name])
         module_name, _, leaf = name.rpartition(".")
+        around = list(accumulate(module_name.split("."), "{}.{}".format))
+        block = next((module for module in around if module in blocks), None)
+        expert = next((numbers[module] for module in around if module in numbers), None)
         wanted = _configured_role(name, roles)
         if wanted is not None:
             role = wanted
@@ -122,14 +131,14 @@ def describe(
         elif id(tensor) in embeddings:
             role = "embedding"
         else:
-            role = _role(modules, module_name, leaf, shape, is_head=tensor is head)
+            role = _role(modules, module_name, leaf, shape, expert, is_head=tensor is head)
         if role in UNSCORED:
             units: tuple[Unit, ...] = ()
         elif wanted is not None:
-            units = _named_units(name, role, shape)
+            units = _named_units(name, role, shape, expert)
         else:
-            units = _units(name, role, shapes, modules, getattr(model, "config", None))
-        parameters.append(Parameter(name, shape, offset, role, units))
+            units = _units(name, role, shapes, modules, expert, getattr(model, "config", None))
+        parameters.append(Parameter(name, shape, offset, role, units, block))
         offset += parameters[-1].numel
     return tuple(parameters)
 
@@ -166,22 +175,25 @@ def routers(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[st
     output is the tokens in the experts' order. roles: ``model.roles``; a linear layer is a router if its weight has
     that role there.
     """
-    modules = dict(model.named_modules())
-    named = {
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) and _configured_role(f"{name}.weight", roles or {}) == "router"
-    }
+    modules, named = dict(model.named_modules()), _named_routers(model, roles or {})
     return {
         name: module
         for name, module in modules.items()
-        if name in named
+        if module in named
         or (
             _router_of(modules, name) == name
             and name.rpartition(".")[2] != "shared_expert_gate"
             and not type(module).__name__.endswith("Gating")
         )
     }
+
+
+def _named_routers(model: nn.Module, roles: Mapping[str, str]) -> list[nn.Module]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and _configured_role(f"{name}.weight", roles) == "router"
+    ]
 
 
 def layer_configs(text: PretrainedConfig) -> list[PretrainedConfig]:
@@ -214,14 +226,25 @@ def tower_names(parameters: Sequence[Parameter]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.role == "tower"]
 
 
+def expert_by_name(name: str) -> int | None:
+    """The number of the expert that a parameter belongs to, as its name alone tells it."""
+    return int(match.group(1)) if (match := EXPERT.search(name)) else None
+
+
 def role_by_name(name: str, shape: tuple[int, ...]) -> str:
     """The role of a scored parameter as its name alone tells it: ``other`` where that needs the model's modules, as for
     fused experts."""
     module_name, _, leaf = name.rpartition(".")
-    role = _role({module_name: nn.Module()}, module_name, leaf, shape, is_head=module_name == "lm_head")
+    modules, is_head = {module_name: nn.Module()}, module_name == "lm_head"
+    role = _role(modules, module_name, leaf, shape, expert_by_name(name), is_head)
     if ".shared_expert" in name:
         role = role.replace("mlp.", "shared.")
     return role if role in SCORED else "other"
+
+
+def correction_biases(parameters: Sequence[Parameter]) -> list[str]:
+    """Names of routers' biases that only order experts: no loss gives them a gradient."""
+    return [name for name in router_names(parameters) if name.rpartition(".")[2] in CORRECTION_BIASES]
 
 
 def layer_of(name: str) -> int | None:
@@ -229,21 +252,36 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if (match := LAYER.search(f"{name}.")) else None
 
 
-def expert_of(name: str) -> int | None:
-    """The number of the expert that a parameter belongs to, where each expert is a module of its own."""
-    return int(match.group(1)) if (match := EXPERT.search(name)) else None
-
-
-def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Blocks whose routed experts are separate modules (an ``nn.ModuleList``), by name.
+def expert_blocks(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """Blocks whose routed experts are separate modules: block's name → its experts' names, in order.
 
     Which of these experts run, and in which order their gradients arrive, differs between ranks.
+    roles: ``model.roles``.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "experts", None), nn.ModuleList)
-    }
+    named = _named_routers(model, roles or {})
+    blocks: dict[str, list[str]] = {}
+    for name, block in model.named_modules():
+        if (experts := _expert_list(block, named)) is not None:
+            blocks[name] = [f"{name}.{experts}.{expert}" for expert, _ in getattr(block, experts).named_children()]
+    return blocks
+
+
+def _expert_list(block: nn.Module | None, named: Collection[nn.Module] = ()) -> str | None:
+    """The name of a block's list of routed experts; None if it has none.
+
+    It is called ``experts``, or has as many entries as a gate beside it has outputs (Phixtral's ``mlp``). named:
+    routers by ``model.roles``.
+    """
+    children = dict(block.named_children()) if block is not None else {}
+    lists = {name: len(child) for name, child in children.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict))}
+    if not lists or "experts" in lists:
+        return "experts" if lists else None
+    gates = [
+        child for name, child in children.items() if name in ROUTER_LEAVES or _is_router_class(child) or child in named
+    ]
+    outputs = {linear.out_features for gate in gates for linear in gate.modules() if isinstance(linear, nn.Linear)}
+    fitting = (name for name, size in lists.items() if size > 1 and size in outputs)
+    return next((name for name in fitting if not LAYER.match(f"{name}.0.")), None)
 
 
 def unrecognised(parameters: Sequence[Parameter]) -> list[str]:
@@ -280,11 +318,11 @@ def _check_roles(roles: Mapping[str, str], names: Sequence[str]) -> None:
             )
 
 
-def _named_units(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
+def _named_units(name: str, role: str, shape: tuple[int, ...], expert: int | None) -> tuple[Unit, ...]:
     """The matrices of a parameter with a configured role: one, or one per expert if it holds all of them [E, ...]."""
     if role.startswith("expert.") and len(shape) == 3:
         return _by_expert(name, role, shape)
-    return (Unit(name, role, layer_of(name), expert_of(name), 0, math.prod(shape)),)
+    return (Unit(name, role, layer_of(name), expert, 0, math.prod(shape)),)
 
 
 def _by_expert(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]:
@@ -293,28 +331,37 @@ def _by_expert(name: str, role: str, shape: tuple[int, ...]) -> tuple[Unit, ...]
     return tuple(Unit(f"{name}[{e}]", role, layer, e, e * size, size) for e in range(shape[0]))
 
 
-def _role(modules: Mapping[str, nn.Module], module_name: str, leaf: str, shape: tuple[int, ...], is_head: bool) -> str:
+def _role(
+    modules: Mapping[str, nn.Module],
+    module_name: str,
+    leaf: str,
+    shape: tuple[int, ...],
+    expert: int | None,
+    is_head: bool,
+) -> str:
     module = modules[module_name]
     if is_head:
         return "head"
     if _router_of(modules, module_name) is not None:
         return "router"  # its biases too, DeepSeek's correction bias among them
-    if leaf in CORRECTION_BIASES and hasattr(module, "experts"):
-        return "router"  # AFMoE: beside the router, not inside it
+    if leaf in CORRECTION_BIASES:
+        return "router"  # beside the router, not inside it: AFMoE's, ERNIE's own code's
     if leaf.endswith("bias") or leaf == "sinks":  # gpt-oss: one number per head, added to its attention logits
         return "bias"
     if "norm" in type(module).__name__.lower() or (len(shape) == 1 and "norm" in module_name.rpartition(".")[2]):
         return "norm"
-    if len(shape) == 1:
+    if len(shape) != 2 and max(shape, default=1) == math.prod(shape):
         return "bias"  # one number per head or channel, such as a linear attention's decay: not a matrix
     own_name = module_name.rpartition(".")[2]
-    if EXPERT.search(f"{module_name}.") and own_name in EXPERT_ROLES:
+    if expert is not None and own_name in EXPERT_ROLES:
         return EXPERT_ROLES[own_name]
     if _is_fused(shape, leaf):
         return "shared" if _is_shared(modules, module_name) else "expert"
     role = _named_role(modules, module_name) if len(shape) == 2 else "other"
     if role.startswith("mlp.") and ATTENTION_NAMES.intersection(module_name.split(".")):
         return "other"  # AFMoE's attention has a gate_proj
+    if expert is not None:
+        return role.replace("mlp.", "expert.")
     return role.replace("mlp.", "shared.") if _is_shared(modules, module_name) else role
 
 
@@ -355,11 +402,19 @@ def _router_of(modules: Mapping[str, nn.Module], module_name: str) -> str | None
 def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
     """Whether a module is a router by its class, or is a gate beside the experts it chooses from."""
     module = modules.get(module_name)
-    class_name = type(module).__name__
-    if "Router" in class_name or class_name.endswith(("MoEGate", "TopkGate", "TopKGate", "TopKGating")):
-        return not hasattr(module, "experts")  # a block that holds both may be named after its router
+    if _is_router_class(module):
+        return not _has_experts(module)  # a block that holds both may be named after its router
     parent, _, own_name = module_name.rpartition(".")
-    return own_name in ROUTER_LEAVES and hasattr(modules.get(parent), "experts")
+    return own_name in ROUTER_LEAVES and _has_experts(modules.get(parent))
+
+
+def _is_router_class(module: nn.Module | None) -> bool:
+    class_name = type(module).__name__
+    return "Router" in class_name or class_name.endswith(("MoEGate", "TopkGate", "TopKGate", "TopKGating"))
+
+
+def _has_experts(module: nn.Module | None) -> bool:
+    return hasattr(module, "experts") or _expert_list(module) is not None
 
 
 def _units(
@@ -367,6 +422,7 @@ def _units(
     role: str,
     shapes: Mapping[str, tuple[int, ...]],
     modules: Mapping[str, nn.Module],
+    expert: int | None,
     config: PretrainedConfig | None,
 ) -> tuple[Unit, ...]:
     """The logical matrices of one scored parameter, in flat order of their first elements."""
@@ -383,7 +439,6 @@ def _units(
         if is_shared:  # a shared expert's number is not that of a routed one
             return tuple(replace(unit, role=unit.role.replace("expert.", "shared."), expert=None) for unit in units)
         return units
-    expert = expert_of(name)
     whole = Unit(name, role if role in SCORED else "other", layer, expert, 0, math.prod(shape))
     if len(shape) != 2 or owner is None:
         return (whole,)

@@ -41,7 +41,8 @@ class ShardedModel:
     Attributes:
         module: the live model.
         parameters: every parameter, in the model's order.
-        expert_blocks, routers: name → module, by the names that the model had before DeepSpeed took it.
+        expert_blocks: those of ``models.roles``, by the names that the model had before DeepSpeed took it.
+        routers: name → module, likewise.
         expert_parallel: whether AutoEP has placed experts on different ranks.
         layouts: what each live tensor holds when it is gathered, in the model's order. A tensor holds one whole
             parameter, except for experts under expert parallelism.
@@ -62,16 +63,16 @@ class ShardedModel:
         optimizer: Optimizer | None = None,
         roles: Mapping[str, str] | None = None,
     ):
-        self.expert_blocks = expert_blocks(module)
-        for block in self.expert_blocks.values():
-            _keep_together(block)
+        self.expert_blocks = expert_blocks(module, roles)
+        for name in self.expert_blocks:
+            _keep_together(module.get_submodule(name))
         self.parameters = describe(module, full_shapes(module), roles)
         self.expert_parallel = expert_parallel.is_on(deepspeed_config)
         self._zero_settings = deepspeed_config.get("zero_optimization", {})
         experts = [
             len({u.expert for u in p.units}) for p in self.parameters if p.units and p.units[0].expert is not None
         ]
-        check_experts(deepspeed_config, experts)
+        check_experts(deepspeed_config, experts, self.expert_blocks)
         if experts:
             mend_grouped_product()
         tensors, self._buffers = expert_parallel.remember(module), persistent_buffers(module)
@@ -349,19 +350,18 @@ def _initialize(
     """``deepspeed.initialize``. Raises UserError where AutoEP does not know the model, or DeepSpeed says that it cannot
     do what the config asks for."""
     settings = copy.deepcopy(deepspeed_config)
-    if not expert_parallel.is_on(settings):
-        try:
-            return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        except (AssertionError, ValueError) as error:
-            if "deepspeed" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
-                raise
-            raise refused("deepspeed", None, error) from error
-    expert_parallel.mend_registry()
-    expert_parallel.mend_grouped_experts()
+    if expert_parallel.is_on(settings):
+        expert_parallel.mend_registry()
+        expert_parallel.mend_grouped_experts()
     try:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    except ValueError as error:
-        raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", expert_parallel.REMEDY) from error
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+        if any("module_inject" in parts for parts in files):  # AutoEP takes a block for what it is not
+            raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", expert_parallel.REMEDY) from error
+        if isinstance(error, (AttributeError, TypeError)) or "deepspeed" not in files[-1]:
+            raise
+        raise refused("deepspeed", None, error) from error
 
 
 def persistent_buffers(module: nn.Module) -> tuple[str, ...]:

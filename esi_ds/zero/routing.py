@@ -20,16 +20,18 @@ Choices = dict[str, Tensor]  # router's name → int16 [tokens of all rows, top 
 
 
 def chosen_experts(output: Tensor | tuple[Tensor, ...], top_k: int) -> Tensor:
-    """int64 [tokens, k] from a router module's output.
+    """int64 [tokens, k] from a router module's output; −1 for no expert.
 
-    transformers' routers return (logits, weights, indices). Llama-4's returns (scores, logits) and a gate of remote
-    code its logits; there the k largest logits are chosen.
+    transformers' routers return (logits, weights, indices). A weight of 0 chooses no expert: ZAYA's tokens may skip
+    them all. Llama-4's returns (scores, logits) and a gate of remote code its logits; there the k largest logits are
+    chosen.
     """
     tensors = output if isinstance(output, tuple) else (output,)
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            return tensor
-    return tensors[-1].topk(top_k, dim=-1).indices
+    indices = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
+    if indices is None:
+        return tensors[-1].topk(top_k, dim=-1).indices
+    weights = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.shape == indices.shape]
+    return indices.masked_fill(weights[-1] == 0, -1) if weights else indices
 
 
 def routing_choices(model: ShardedModel, rows: Sequence[Sequence[int]], pad: int, batch_size: int) -> Choices | None:
@@ -89,7 +91,7 @@ def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) ->
 def frequencies(choices: Mapping[str, Tensor], num_experts: int) -> dict[str, list[int]]:
     """Router's name → number of tokens sent to each expert [num_experts]."""
     return {
-        name: torch.bincount(chosen.flatten().long(), minlength=num_experts).tolist()
+        name: torch.bincount(chosen[chosen >= 0].long(), minlength=num_experts).tolist()
         for name, chosen in choices.items()
     }
 

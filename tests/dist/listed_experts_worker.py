@@ -1,4 +1,4 @@
-"""Run by test_listed_experts.py under a launcher: gradients of a model whose experts are an ``nn.ModuleList``.
+"""Run by test_listed_experts.py under a launcher: gradients of a model with lists of experts.
 
 argv: a folder. Every rank reads other tokens, so other experts run; one expert never does. Writes the sum of the
 gradients over ranks, and what one whole model has.
@@ -29,19 +29,20 @@ SETTINGS = {
 
 class ListedExperts(nn.Module):
     """As older and remote models have them: each token goes through the expert of its parity and size, only those
-    run."""
+    run. name, kind: of the list."""
 
-    def __init__(self, hidden: int):
+    def __init__(self, hidden: int, name: str, kind: type[nn.ModuleList | nn.ModuleDict]):
         super().__init__()
         self.gate = nn.Linear(hidden, EXPERTS, bias=False)
         self.gate.e_score_correction_bias = nn.Parameter(torch.zeros(EXPERTS))  # only orders: it gets no gradient
-        self.experts = nn.ModuleList()
-        for _ in range(EXPERTS):
-            expert = nn.Module()
+        experts = [nn.Module() for _ in range(EXPERTS)]
+        for expert in experts:
             expert.w1, expert.w2, expert.w3 = (
                 nn.Linear(*sizes, bias=False) for sizes in ((hidden, 6), (6, hidden), (hidden, 6))
             )
-            self.experts.append(expert)
+        self.name = name
+        listed = {f"expert_{index}": expert for index, expert in enumerate(experts)}
+        setattr(self, name, kind(listed if kind is nn.ModuleDict else experts))
         with torch.no_grad():
             self.gate.weight[EXPERTS - 1] = 0
             self.gate.weight[1] = -self.gate.weight[0]  # one of the two is above the last one's 0
@@ -51,9 +52,9 @@ class ListedExperts(nn.Module):
         weights = self.gate(flat).softmax(-1)
         chosen = (weights + self.gate.e_score_correction_bias).argmax(-1)
         weight = weights.gather(-1, chosen[:, None])[:, 0]
-        result = torch.zeros_like(flat)
+        result, experts = torch.zeros_like(flat), list(getattr(self, self.name).children())
         for index in chosen.unique().tolist():
-            where, expert = (chosen == index).nonzero().flatten(), self.experts[index]
+            where, expert = (chosen == index).nonzero().flatten(), experts[index]
             rows = flat[where]
             outputs = expert.w2(torch.nn.functional.silu(expert.w1(rows)) * expert.w3(rows))
             result = result.index_add(0, where, outputs * weight[where, None])
@@ -72,8 +73,9 @@ class AllGradients(GradientShards):
 def build(folder: Path) -> nn.Module:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32).eval()
-    for layer in model.model.layers:
-        layer.mlp = ListedExperts(model.config.hidden_size)
+    kinds = (("experts", nn.ModuleList), ("mlp", nn.ModuleDict))
+    for layer, (name, kind) in zip(model.model.layers, kinds, strict=True):
+        layer.mlp = ListedExperts(model.config.hidden_size, name, kind)
     return model
 
 

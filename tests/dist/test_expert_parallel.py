@@ -7,6 +7,7 @@ export, and checkpoints that go on with the experts laid otherwise.
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from esi_ds import Mask
+from esi_ds.stages.plan.footprints import BORROWED_PRESETS
 from esi_ds.zero.expert_parallel import mend_registry
+
+sys.path.append(str(ROOT / "tests/sweep"))
+import tiny  # noqa: E402
 
 logging.set_verbosity_error()
 KINDS = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe")
-PRESETS = {"olmoe": "qwen3_moe", "glm4_moe": "deepseek_v3"}  # families that AutoEP has no preset of their own for
 BENIGN = [("Tell me a story.", "Once upon a time there was a girl."), ("Write a list", "1. First"), ("What?", "Yes")]
 EXPERTS = 8
 LAYOUTS = {2: (0, 2), 4: (4, 2)}  # ranks → sizes of expert parallelism tried there; 0: without it
@@ -49,6 +53,10 @@ def folder(tmp_path_factory) -> Path:
     build_mask(folder / "experts-mask", folder / "qwen3_moe", ratio=0.2, part=".experts.")
     for kind in ("gpt_oss", "llama"):
         build_model(kind, folder / kind, byte_bpe_tokenizer(), experts=EXPERTS)
+    for kind in OTHER_BLOCKS:
+        config = tiny.tiny_config(kind, 343)
+        config.num_experts = EXPERTS
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
     build_guard(folder / "guard", byte_bpe_tokenizer())
     rows = [{"prompt": prompt, "response": response.strip()} for prompt, response in PAIRS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,12 +72,12 @@ def score_case(folder: Path, tag: str, size: int, kind: str, name: str = "esi", 
         "export": name == "esi",
         "config": {
             "run": {"output_dir": str(folder / f"{tag}-{name}-{kind}"), "tensorboard": False},
-            "model": {"path": str(folder / kind), "dtype": "fp32"},
+            "model": {"path": str(folder / kind), "dtype": "fp32", "gradient_checkpointing": kind in RECOMPUTED},
             "judge": {"path": str(folder / "guard"), "placement": "replicated"},
             "data": data,
             "esi": {"batch_size": 2},
             "select": {"ratio": 0.03, **select},
-            "deepspeed": settings(size, PRESETS.get(kind)),
+            "deepspeed": settings(size, BORROWED_PRESETS.get(kind)),
         },
     }
 
@@ -89,7 +97,7 @@ def tune_case(folder: Path, tag: str, size: int, stage: str, name: str, kind: st
         "stage": stage,
         "config": {
             "run": {"output_dir": str(folder / f"{tag}-{name}"), "tensorboard": False, "seed": 5},
-            "model": {"path": str(folder / kind), "dtype": "fp32"},
+            "model": {"path": str(folder / kind), "dtype": "fp32", "gradient_checkpointing": name in RECOMPUTED},
             "tune": {
                 "mask": str(folder / f"{kind}-mask"),
                 "data": {"path": str(folder / "rows.jsonl")},
@@ -118,6 +126,7 @@ TUNED = {
     "offload-set": ("set", "qwen3_moe", {}),
     "offload-spa": ("spa", "mixtral", {}),
 }
+RECOMPUTED = ("mixtral", "scatter", "spa")  # models scored, and runs, with ``model.gradient_checkpointing``
 # (model, size, preset) → what it is told. The second routes by softmax what the model routes by sigmoid: no error
 # anywhere else, and answers that look like answers.
 REFUSED = {
@@ -126,7 +135,10 @@ REFUSED = {
     ("gpt_oss", 2, None): "finds no expert block that it supports",
     ("llama", 2, None): "the model has no routed experts",
     ("mixtral", 3, None): "autoep_size = 3: does not divide 8 experts",
+    ("gemma4_text", 2, None): "finds no expert block that it supports",
+    ("hunyuan_v1_moe", 2, "qwen3_moe"): "has no attribute 'weight'",
 }
+OTHER_BLOCKS = ("gemma4_text", "hunyuan_v1_moe")  # a router in the layer itself; a linear layer within the router
 SELECTED = {
     "matrix": {"scope": "matrix", "of": "scored"},
     "random": {"order": "random"},

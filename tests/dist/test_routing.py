@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from builders import FAMILIES, build_model, byte_bpe_tokenizer
 from conftest import ROOT, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.zaya.modeling_zaya import ZayaRouter
+
+from esi_ds.zero.routing import chosen_experts, frequencies
+
+sys.path.append(str(ROOT / "tests/sweep"))
+import tiny  # noqa: E402
 
 KINDS = (*FAMILIES, "mixtral", "qwen3_moe")
 ROWS = [list(range(5, 5 + length)) for length in (7, 3, 11, 4, 6)]  # two ranks: three rows and two
@@ -67,3 +74,18 @@ def test_choices_are_what_the_experts_are_given(routed: Path, kind: str) -> None
         counts = json.loads((routed / f"{kind}.json").read_text())
         assert counts["frequencies"][name] == expected.sum(0).tolist()
         assert counts["drift"][name] == [0, sum(map(len, ROWS))]
+
+
+def test_a_token_that_skips_all_experts_is_no_experts() -> None:
+    """ZAYA's router gives it expert 0 with a weight of 0."""
+    torch.manual_seed(0)
+    router = ZayaRouter(tiny.tiny_config("zaya", 60), layer_idx=0)
+    router.balancing_biases.zero_()
+    with torch.no_grad():
+        output = router(torch.randn(1, 99, tiny.HIDDEN) * 9)
+    skips = output[0].argmax(-1) == tiny.NUM_EXPERTS
+    counts = torch.bincount(output[0].argmax(-1)[~skips], minlength=tiny.NUM_EXPERTS)
+    assert 0 < int(skips.sum()) < 99 and counts[0] > 0
+    chosen = chosen_experts(output, 1)
+    assert torch.equal(chosen[:, 0] == -1, skips)
+    assert frequencies({"router": chosen}, tiny.NUM_EXPERTS) == {"router": counts.tolist()}

@@ -1,7 +1,7 @@
 """A tiny model of every causal architecture that transformers knows, from its own config class.
 
 Sizes are set by the names that config classes give them; OVERRIDES holds what an architecture wants besides. Every
-kind of layer an architecture has appears at least once.
+kind of layer of ``LAYER_LISTS`` appears at least once, and so does every mixture but Doge's, which is not causal.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ _QWEN4 = {
 }
 _BYTES = {"vocab_size": 343, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "head_dim": 8}
 _BLT = _BYTES | {"num_key_value_heads": 4, "num_hidden_layers": 1}
+_GEMMA4_MOE = _GEMMA4 | {"enable_moe_block": True}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA2 | {"attn_layer_indices": [1]},
     "blt": {
@@ -155,6 +156,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": NUM_EXPERTS, "moe_top_k": 2},
     },
+    "deepseek_v3": {"first_k_dense_replace": 1},
     "dots3_note_text": {"head_dim": 16},
     "dots3_note": {
         "text_config": {"head_dim": 16},
@@ -162,11 +164,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma3n_text": _GEMMA3N,
     "gemma3n": {"text_config": _GEMMA3N},
-    "gemma4_text": _GEMMA4,
-    "gemma4": {"text_config": _GEMMA4},
+    "gemma4_text": _GEMMA4_MOE,
+    "gemma4": {"text_config": _GEMMA4_MOE},
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_assistant": {"text_config": {"per_layer_config": {1: {"head_dim": 16}}}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "per_layer_config": {1: {"head_dim": 16}}}},
+    "flint": {"mlp_only_layers": [0]},
     "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 64},
     "granitemoehybrid": _MAMBA2 | {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 2, "use_mamba_kernels": False},

@@ -543,6 +543,8 @@ def test_expert_parallel_section() -> None:
         check_experts(on, [8, 6])
     with pytest.raises(UserError, match="autoep_size = 4: the model has no routed experts; remove deepspeed"):
         check_experts(on, [])
+    with pytest.raises(UserError, match="expert_parallel = layers.1.moe: has its experts in a list, but only"):
+        check_experts(on, [1], ["layers.1.moe"])
 
 
 @pytest.mark.parametrize(

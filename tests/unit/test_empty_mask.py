@@ -110,6 +110,21 @@ def test_spas_optimizer_trains_what_the_report_says(names_towers: bool, unscored
     assert optimizer.param_groups[0]["weight_decay"] == 0.01 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("trains", [{"router": "train"}, {"unscored": "train"}])
+def test_no_decay_reaches_a_correction_bias(trains: dict[str, str], tmp_path: Path) -> None:
+    """AFMoE's is a parameter that only orders experts: shrunk, it would choose others. In the stages: another training
+    loop may balance the experts with it."""
+    tiny.tiny_config("afmoe", 300).save_pretrained(tmp_path)
+    section = validate({**config(**trains).model_dump(), "model": {"path": str(tmp_path), "dtype": "fp32"}})
+    model_config = load_model_config(ModelSource(str(tmp_path)))
+    mask = open_mask(section.model, require_tune(section), "spa", model_config)
+    trained = describe_trained(section.model, require_tune(section), "spa", mask, model_config)
+    bias, gate = "model.layers.1.mlp.expert_bias", "model.layers.1.mlp.router.gate.weight"
+    assert trained.count(bias) == 0 and not trained.bits(bias, 0, 5).any() and trained.count(gate) == 5 * 32
+    others = Trained(mask, "complement", trained.unscored, mask.shapes, trained.routers, trained.router)
+    assert trained.digest != others.digest  # the state of one is not the other's
+
+
 def test_what_is_asked_before_and_after_is_among_a_runs_inputs(tmp_path: Path) -> None:
     """Answers before tuning stay, and would be compared with those to other prompts."""
     asked = {}

@@ -231,7 +231,10 @@ def test_listed_experts_are_gathered_and_reduced_as_one(described: dict) -> None
         for name in ("gate", "up", "down")
     }
     shapes[f"{block}.shared_experts.up_proj.weight"] = (2 * width, hidden)
-    parameters = [Parameter(name, shape, 0, "mlp.up", ()) for name, shape in shapes.items()]
+    parameters = [
+        Parameter(name, shape, 0, "mlp.up", (), block if name.startswith(f"{block}.") else None)
+        for name, shape in shapes.items()
+    ]
     tensors = gathered_tensors(parameters, ranks)
     trained = {parameter.name: parameter.numel for parameter in parameters}
     inside = [parameter.numel for parameter in parameters if parameter.name.startswith(f"{block}.")]
@@ -287,8 +290,8 @@ def test_groups_that_cross_nodes(nodes: int, per_node: int, size: int, abroad: f
 
 def test_a_group_within_a_node_is_preferred(described: dict) -> None:
     """Nodes of six GPUs: less would arrive at a rank in groups of four, but they cross nodes; those of two do not."""
-    _, work, model_config = work_of("mixtral-8x22b", described)
-    best = recommend(work, "esi", Topology(4, 6), model_config.model_type, MEMORY)
+    _, work, _ = work_of("mixtral-8x22b", described)
+    best = recommend(work, "esi", Topology(4, 6), MEMORY)
     assert best.fits and expert_parallel_size(best.settings) == 2
 
 
@@ -309,11 +312,11 @@ def test_shipped_configs_fit_the_nodes_they_name(name: str, stage: str, describe
 
 @pytest.mark.parametrize("name", MODELS)
 def test_recommendations_divide_and_fit(name: str, described: dict) -> None:
-    _, work, model_config = work_of(name, described)
+    _, work, _ = work_of(name, described)
     for stage in ("esi", "set", "spa"):
         for nodes, per_node in ((1, 8), (3, 4), (16, 8), (64, 8)):
             where = Topology(nodes, per_node)
-            best = recommend(work, stage, where, model_config.model_type, MEMORY)
+            best = recommend(work, stage, where, MEMORY)
             size = expert_parallel_size(best.settings) or 1
             assert where.ranks % size == 0 and MODELS[name][0] % size == 0
             again = footprint(work, stage, where, best.settings)
@@ -322,9 +325,9 @@ def test_recommendations_divide_and_fit(name: str, described: dict) -> None:
             assert best.fits == (
                 best.footprint.together <= 64 * 2**30 and per_node * best.footprint.host <= 0.8 * 2**41
             )
-    needed = nodes_needed(work, "spa", Topology(1, 8), model_config.model_type, MEMORY)
-    assert needed and recommend(work, "spa", Topology(needed, 8), model_config.model_type, MEMORY).fits
-    assert not recommend(work, "spa", Topology(needed // 2, 8), model_config.model_type, MEMORY).fits or needed == 1
+    needed = nodes_needed(work, "spa", Topology(1, 8), MEMORY)
+    assert needed and recommend(work, "spa", Topology(needed, 8), MEMORY).fits
+    assert not recommend(work, "spa", Topology(needed // 2, 8), MEMORY).fits or needed == 1
 
 
 def test_families_are_deepspeeds() -> None:
@@ -360,9 +363,36 @@ def test_dry_run_of_a_trillion_weights(tmp_path: Path, capsys: pytest.CaptureFix
     assert plan(tmp_path, "kimi-k2", "--nodes", "32", "--deepspeed_config", str(file))[0] == 0
 
 
+def with_autoep(*keys: str) -> str:
+    section = ", ".join(("enabled: true", "autoep_size: 8", *keys))
+    return f"deepspeed={{zero_optimization: {{stage: 3}}, expert_parallel: {{{section}}}}}"
+
+
+def test_a_family_without_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan says what a run needs, and recommends expert parallelism where the config names it."""
+    assert plan(tmp_path, "gpt-oss-20b", "--nodes", "1", with_autoep())[0] == 0
+    shown = capsys.readouterr().out
+    assert "NOTE: DeepSpeed 0.19.8's AutoEP has no preset for gpt_oss (name the preset_model or the patterns" in shown
+    assert plan(tmp_path, "olmoe-1b-7b", "--nodes", "1")[0] == 0
+    assert "has no preset for olmoe (name preset_model: qwen3_moe)" in capsys.readouterr().out
+    assert plan(tmp_path, "olmoe-1b-7b", "--nodes", "1", with_autoep("preset_model: qwen3_moe"))[0] == 0
+    assert "no preset" not in capsys.readouterr().out
+
+
+def test_a_recommendation_keeps_the_named_preset(described: dict) -> None:
+    _, work, _ = work_of("mixtral-8x22b", described)
+    section = {"preset_model": "qwen3_moe"}
+    assert work.autoep == {}
+    best = recommend(replace(work, autoep=section), "esi", Topology(4, 8), MEMORY)
+    assert best.settings["expert_parallel"] == {"enabled": True, "autoep_size": 8, **section}
+    assert "expert_parallel" not in recommend(replace(work, autoep=None), "esi", Topology(4, 8), MEMORY).settings
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--nodes", "2", with_autoep("moe_layer_pattern: '*.mlp'")], "moe_layer_pattern = *.mlp: is not a regular"),
+        (["--nodes", "2", with_autoep("moe_layer_pattern: 5")], "moe_layer_pattern = 5: is not a regular expression"),
         (["--nodes", "2", "--gpus-per-node", "6"], "autoep_size = 8: does not divide 12 ranks"),
         (
             [

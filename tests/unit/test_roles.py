@@ -18,6 +18,7 @@ from transformers import (
     GraniteMoeSharedConfig,
     HunYuanMoEV1Config,
     JetMoeConfig,
+    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     LongcatFlashConfig,
@@ -29,7 +30,15 @@ from transformers import (
 
 from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
-from esi_ds.models.roles import describe, experts_per_token, routers, unrecognised, unrecognised_note
+from esi_ds.models.roles import (
+    correction_biases,
+    describe,
+    expert_blocks,
+    experts_per_token,
+    routers,
+    unrecognised,
+    unrecognised_note,
+)
 
 SMALL = {
     "vocab_size": 50,
@@ -441,3 +450,71 @@ def test_listed_experts_whose_gate_and_up_are_one_matrix() -> None:
         for part, start in (("gate", 0), ("up", 20), ("down", 0))
     ]
     assert unrecognised(describe(model)) == []
+
+
+def listing(name: str, kind: type[torch.nn.Module], gate: str = "gate", outputs: int = 3) -> torch.nn.Module:
+    """A model of one block: a gate beside a list of three experts."""
+    block, experts = torch.nn.Module(), [torch.nn.Module() for _ in range(3)]
+    setattr(block, gate, torch.nn.Linear(4, outputs, bias=False))
+    for expert in experts:
+        expert.fc1, expert.fc2 = torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 4, bias=False)
+    by_name = {f"expert_{index}": expert for index, expert in enumerate(experts)}
+    setattr(block, name, kind(by_name if kind is torch.nn.ModuleDict else experts))
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Module()])
+    model.layers[0].moe = block
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "gate", "roles"),
+    [
+        ("experts", torch.nn.ModuleList, "gate", {}),
+        ("experts", torch.nn.ModuleDict, "gate", {}),  # as transformers' Switch has them
+        ("mlp", torch.nn.ModuleList, "gate", {}),  # as Phixtral has them
+        ("mlp", torch.nn.ModuleDict, "router", {}),
+        ("mlp", torch.nn.ModuleList, "choose", {"*.choose.weight": "router"}),
+    ],
+)
+def test_listed_experts_by_whatever_name(name: str, kind: type[torch.nn.Module], gate: str, roles: dict) -> None:
+    model = listing(name, kind, gate)
+    keys = [f"expert_{index}" if kind is torch.nn.ModuleDict else str(index) for index in range(3)]
+    assert expert_blocks(model, roles) == {"layers.0.moe": [f"layers.0.moe.{name}.{key}" for key in keys]}
+    assert list(routers(model, roles)) == [f"layers.0.moe.{gate}"]
+    router, *experts = describe(model, roles=roles)
+    assert router.role == "router" and {p.block for p in (router, *experts)} == {"layers.0.moe"}
+    assert [(p.units[0].role, p.units[0].expert) for p in experts] == [
+        (f"expert.{part}", number) for number in range(3) for part in ("up", "down")
+    ]
+    assert unrecognised(describe(model, roles=roles)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "outputs"),
+    [("mlp", "gate", 4), ("mlp", "proj", 3), ("layers", "gate", 3)],  # a gate of layers is no router
+)
+def test_an_ordinary_list_is_no_mixture(name: str, gate: str, outputs: int) -> None:
+    model = listing(name, torch.nn.ModuleList, gate, outputs)
+    assert expert_blocks(model) == {} and list(routers(model)) == []
+    assert all(parameter.block is None and parameter.units[0].expert is None for parameter in describe(model))
+
+
+def test_a_correction_bias_beside_the_gate_is_the_routers() -> None:
+    """As in ERNIE's own code."""
+    model = listing("experts", torch.nn.ModuleList)
+    statics = model.layers[0].moe.moe_statics = torch.nn.Module()
+    statics.e_score_correction_bias = torch.nn.Parameter(torch.zeros(1, 3), requires_grad=False)
+    assert correction_biases(describe(model)) == ["layers.0.moe.moe_statics.e_score_correction_bias"]
+
+
+def test_a_vector_is_no_matrix_whatever_its_axes() -> None:
+    """Kimi-Linear's decay is [1, 1, heads, 1]. A weight of one output is a matrix."""
+    model = torch.nn.Module()
+    model.decay, model.one = torch.nn.Parameter(torch.zeros(1, 1, 4, 1)), torch.nn.Linear(4, 1)
+    assert [parameter.role for parameter in describe(model)] == ["bias", "other", "bias"]
+
+
+def test_the_dense_layers_of_lfm2() -> None:
+    parameters = parameters_of(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]))
+    names = [f"model.layers.0.feed_forward.w{number}.weight" for number in (1, 3, 2)]
+    assert [parameters[name].role for name in names] == ["mlp.gate", "mlp.up", "mlp.down"]

@@ -39,6 +39,7 @@ USABLE = 0.8  # of a GPU; the rest is for activations, the CUDA context and the 
 AUTOEP_MODEL_TYPES = frozenset(
     ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "minimax_m3_vl_text")
 )
+BORROWED_PRESETS = {"olmoe": "qwen3_moe", "glm4_moe": "deepseek_v3"}  # those of other families that fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Work:
     tokens: per rank and micro-batch. top_k: experts per token. hidden: width of a token. compact: whether SET reduces
     by one all-reduce per step. num_sums: of gradients, in ESI, and of scores beside them. accumulation: micro-batches
     per step. recompute: whether activations are recomputed. sums_on_host: whether ESI's gradient sums lie there. judge:
-    bytes of ESI's judge on a rank.
+    bytes of ESI's judge on a rank. autoep: what ``expert_parallel`` says besides its size; None where AutoEP has no
+    preset for the family and none is named.
     """
 
     parameters: tuple[Parameter, ...]
@@ -64,6 +66,7 @@ class Work:
     recompute: bool = False
     sums_on_host: bool = False
     judge: float = 0.0
+    autoep: Mapping[str, Any] | None = None
 
     def experts(self) -> list[int]:
         """Number of routed experts in each layer that has any."""
@@ -180,10 +183,10 @@ def _traffic(work: Work, stage: str, tensors: Sequence[GatheredTensor], cluster:
     return total + compact_traffic(tensors, work.trained["set"], cluster) if compact else total
 
 
-def sizes(work: Work, cluster: Topology, model_type: str) -> list[int]:
+def sizes(work: Work, cluster: Topology) -> list[int]:
     """Every ``autoep_size`` above 1 that the ranks, the experts of every layer and DeepSpeed's presets allow."""
     counts = work.experts()
-    if model_type not in AUTOEP_MODEL_TYPES or not counts:
+    if work.autoep is None or not counts:
         return []
     return [
         n for n in range(2, cluster.ranks + 1) if cluster.ranks % n == 0 and all(count % n == 0 for count in counts)
@@ -217,12 +220,12 @@ OFFLOADS: Mapping[str, Sequence[tuple[tuple[str, ...], bool]]] = {
 }
 
 
-def recommend(work: Work, stage: str, cluster: Topology, model_type: str, memory: Memory) -> Recommendation:
+def recommend(work: Work, stage: str, cluster: Topology, memory: Memory) -> Recommendation:
     """The first of the stage's ``OFFLOADS`` that fits, else the configuration that needs the least memory.
 
     Sizes of expert parallelism within a node are preferred, and among these the one with the least traffic per rank.
     """
-    possible = sizes(work, cluster, model_type)
+    possible = sizes(work, cluster)
     inside: list[int | None] = [None, *(size for size in possible if cluster.holds(size))]
     across: list[int | None] = [size for size in possible if not cluster.holds(size)]
     too_large: list[Recommendation] = []
@@ -231,7 +234,8 @@ def recommend(work: Work, stage: str, cluster: Topology, model_type: str, memory
         override = "esi.accumulator_device=cpu" if sums_on_host else None
         for candidate_sizes in (inside, across):
             tried = [
-                _try(tried_work, stage, cluster, zero3(size, offload), memory, override) for size in candidate_sizes
+                _try(tried_work, stage, cluster, zero3(size, offload, work.autoep), memory, override)
+                for size in candidate_sizes
             ]
             if fitting := [candidate for candidate in tried if candidate.fits]:
                 return min(fitting, key=lambda candidate: candidate.footprint.traffic.rank)
@@ -247,8 +251,11 @@ def _try(
     return Recommendation(settings, needed, fits, override)
 
 
-def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[str, Any]:
-    """A DeepSpeed configuration like the files in ds_configs/. offload: sections whose content moves to the host."""
+def zero3(
+    autoep_size: int | None = None, offload: Iterable[str] = (), named: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A DeepSpeed configuration like the files in ds_configs/. offload: sections whose content moves to the host.
+    named: as in ``with_experts``."""
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -262,21 +269,23 @@ def zero3(autoep_size: int | None = None, offload: Iterable[str] = ()) -> dict[s
         "bf16": {"enabled": "auto"},
         "zero_optimization": zero,
     }
-    return settings if autoep_size is None else with_experts(settings, autoep_size)
+    return with_experts(settings, autoep_size, named)
 
 
-def with_experts(settings: Mapping[str, Any], autoep_size: int | None) -> dict[str, Any]:
-    """The configuration with another size of expert parallelism; None: without it."""
+def with_experts(
+    settings: Mapping[str, Any], autoep_size: int | None, named: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The configuration with another size of expert parallelism; None: without it. named: the section's other keys."""
     changed = copy.deepcopy({key: value for key, value in settings.items() if key != "expert_parallel"})
     if autoep_size is not None:
-        changed["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size}
+        changed["expert_parallel"] = {"enabled": True, "autoep_size": autoep_size, **(named or {})}
     return changed
 
 
-def nodes_needed(work: Work, stage: str, cluster: Topology, model_type: str, memory: Memory) -> int | None:
+def nodes_needed(work: Work, stage: str, cluster: Topology, memory: Memory) -> int | None:
     """The number of nodes, doubled as often as needed, on which the stage fits; None: not on 4,096 ranks either."""
     while cluster.ranks <= 4096:
-        if recommend(work, stage, cluster, model_type, memory).fits:
+        if recommend(work, stage, cluster, memory).fits:
             return cluster.nodes
         cluster = Topology(2 * cluster.nodes, cluster.per_node)
     return None

@@ -23,6 +23,8 @@ from esi_ds.models.meta import model_bytes
 from esi_ds.models.roles import experts_per_token
 from esi_ds.options import Options
 from esi_ds.stages.plan.footprints import (
+    AUTOEP_MODEL_TYPES,
+    BORROWED_PRESETS,
     STAGES,
     Footprint,
     Memory,
@@ -124,7 +126,17 @@ def describe_work(
         recompute=config.model.gradient_checkpointing,
         sums_on_host=config.esi.accumulator_device == "cpu",
         judge=_judge_bytes(config, ranks),
+        autoep=_autoep(config, text.model_type),
     )
+
+
+def _autoep(config: Config, model_type: str) -> dict[str, Any] | None:
+    """``Work.autoep``."""
+    section = read(config).get("expert_parallel")
+    items = section.items() if isinstance(section, dict) else ()
+    named = {key: value for key, value in items if key not in ("enabled", "autoep_size")}
+    is_known = model_type in AUTOEP_MODEL_TYPES or not named.keys().isdisjoint(("preset_model", "moe_layer_pattern"))
+    return named if is_known else None
 
 
 def _judge_bytes(config: Config, ranks: int) -> float:
@@ -171,15 +183,11 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
     cluster, model_type = topology(options), model_config.get_text_config().model_type
     settings = read(config)
     resolved = resolve_deepspeed(config, cluster.ranks, stage)
-    check_experts(resolved, work.experts())
+    check_experts(resolved, work.experts(), [p.block for p in work.parameters if p.block is not None])
     memory = Memory(options.gpu_memory_gib * GIB, options.node_memory_gib * GIB)
-    best = recommend(work, stage, cluster, model_type, memory)
+    best = recommend(work, stage, cluster, memory)
     size = expert_parallel_size(resolved)
-    chosen = (
-        size
-        or expert_parallel_size(best.settings)
-        or next(iter(_near(sizes(work, cluster, model_type), cluster)), None)
-    )
+    chosen = size or expert_parallel_size(best.settings) or next(iter(_near(sizes(work, cluster), cluster)), None)
     if stage == "esi" and config.judge is not None and config.scores_responses and not work.judge:
         print(f"\nNOTE: judge.path = {config.judge.path}: has no readable configuration on this machine: not counted")
     nodes, each = counted(cluster.nodes, "node"), counted(cluster.per_node, "GPU")
@@ -189,9 +197,11 @@ def print_bytes(config: Config, options: Options, stage: str, work: Work, model_
         _print_table(f"autoep_size {chosen}", work, stage, cluster, with_experts(settings, chosen))
     elif work.experts():
         print(f"\nno expert parallelism to show: {_why_none(work, cluster, model_type)}")
+    if size is not None and work.autoep is None:
+        print(f"\nNOTE: {_why_none(work, cluster, model_type)}; a run in which it finds no experts is refused")
     if work.experts() and not work.recompute:
         print("\nNOTE: without model.gradient_checkpointing the gathered experts of all layers stay until backward")
-    _print_recommendation(best, stage, work, cluster, model_type, memory)
+    _print_recommendation(best, stage, work, cluster, memory)
 
 
 def _near(possible: Sequence[int], cluster: Topology) -> list[int]:
@@ -200,9 +210,11 @@ def _near(possible: Sequence[int], cluster: Topology) -> list[int]:
 
 
 def _why_none(work: Work, cluster: Topology, model_type: str) -> str:
-    if sizes(work, Topology(1, max(work.experts())), model_type):
+    if work.autoep is not None:
         return f"nothing above 1 divides both {cluster.ranks} ranks and {sorted(set(work.experts()))} experts"
-    return f"DeepSpeed 0.19.8's AutoEP has no preset for {model_type}"
+    fitting = BORROWED_PRESETS.get(model_type)
+    remedy = f"name preset_model: {fitting}" if fitting else "name the preset_model or the patterns that fit the model"
+    return f"DeepSpeed 0.19.8's AutoEP has no preset for {model_type} ({remedy})"
 
 
 def _print_table(title: str, work: Work, stage: str, cluster: Topology, settings: Mapping[str, Any]) -> None:
@@ -225,9 +237,7 @@ def _print_table(title: str, work: Work, stage: str, cluster: Topology, settings
     )
 
 
-def _print_recommendation(
-    best: Recommendation, stage: str, work: Work, cluster: Topology, model_type: str, memory: Memory
-) -> None:
+def _print_recommendation(best: Recommendation, stage: str, work: Work, cluster: Topology, memory: Memory) -> None:
     host = cluster.per_node * best.footprint.host
     together = f"{human_bytes(best.footprint.together)} of a GPU's {human_bytes(memory.gpu)} without activations"
     together += f", {human_bytes(host)} of a node's {human_bytes(memory.node)}" if host else ""
@@ -235,7 +245,7 @@ def _print_recommendation(
         beside = f", with {best.override}" if best.override else ""
         print(f"\nrecommended for {stage.upper()} ({together}); save it and give it as --deepspeed_config{beside}:")
     else:
-        needed = nodes_needed(work, stage, cluster, model_type, memory)
+        needed = nodes_needed(work, stage, cluster, memory)
         number = counted(needed, "node") if needed else "no number of nodes up to 4,096 ranks"
         more = f"{number} would be enough"
         print(f"\n{stage.upper()} does not fit here ({together}): {more}. The config that takes the least:")

@@ -29,7 +29,7 @@ from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.folder import ModelSource, check_weights, load_model_config, max_positions
 from esi_ds.models.meta import meta_parameters
-from esi_ds.models.roles import router_names, tower_names
+from esi_ds.models.roles import correction_biases, router_names, tower_names
 from esi_ds.patch import check_names
 from esi_ds.stages.learnt_rows import load_training_tokenizer, read_tuning_set
 
@@ -121,7 +121,8 @@ def describe_trained(model: Model, tune: Tune, stage: str, mask: Mask, model_con
     check_mask_structure(mask, parameters, "tune.mask")
     shapes = {parameter.name: parameter.shape for parameter in parameters}
     routers, towers = check_routers(tune, parameters), tower_names(parameters)
-    trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, routers, tune.router, towers)
+    biases = correction_biases(parameters)
+    trained = Trained(mask, TRAIN[stage], tune.unscored, shapes, routers, tune.router, towers, biases)
     if trained.total == 0:
         problem = "selects nothing" if stage == "set" else "selects every scored weight"
         raise UserError("tune.mask", str(mask.path), f"{problem}: nothing would train", "give another mask")
