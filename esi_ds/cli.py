@@ -14,12 +14,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from esi_ds import launch_environment
 from esi_ds.config import load_config
 from esi_ds.errors import Interrupted, UserError
 from esi_ds.failures import explain, is_full
+from esi_ds.launch_environment import LaunchEnvironment
 from esi_ds.options import STAGES, Options
 from esi_ds.terminal import ReaderGone, clean_output, let_go_of_closed_output
 
@@ -72,16 +73,34 @@ def planned_ranks(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
-    """Says, where --config is missing, what may have been meant by it. words: the command line."""
+    """Says, where --config is missing, what may have been meant by it; help and errors come from rank 0 alone.
+
+    words: the command line.
+    """
 
     words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
+        if (launch := _launch()).rank > 0:
+            _let_others_report(launch.local_rank or 0, EXIT_USER)
+            self.exit(EXIT_USER)
         if message.endswith("required: --config"):
             flags = difflib.get_close_matches("--config", [word for word in self.words if word.startswith("-")], n=1)
             files = [word for word in self.words if word.endswith((".yaml", ".yml")) and "=" not in word]
             message += f"; {flags[0]} is not an option" if flags else f"; write --config {files[0]}" if files else ""
         super().error(message)
+
+    def print_help(self, file: Any = None) -> None:
+        if _launch().rank == 0:
+            super().print_help(file)
+
+
+def _launch() -> LaunchEnvironment:
+    """Which process this is; one alone where the launcher's variables contradict, as ``main`` says after parsing."""
+    try:
+        return launch_environment.read()
+    except UserError:
+        return launch_environment.ALONE
 
 
 def make_parser(stage: str) -> Parser:

@@ -1,8 +1,8 @@
 """Which process of the job this is, read from the variables that launchers set; no other module reads them.
 
-``deepspeed`` and ``torchrun`` set torch's variables; ``srun`` sets Slurm's, ``mpirun`` Open MPI's or PMI's. Nothing
-here imports torch. Contradicting variables are an error: a job that silently fell apart into several jobs of one
-process each would write all of them into one folder.
+``deepspeed`` and ``torchrun`` set torch's variables; ``srun`` sets Slurm's, ``mpirun`` Open MPI's, MVAPICH2's or
+PMI's. Nothing here imports torch. Contradicting variables are an error: a job that silently fell apart into several
+jobs of one process each would write all of them into one folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -74,9 +73,19 @@ OPEN_MPI = Launcher(
     ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     "OMPI_COMM_WORLD_RANK",
 )
+MVAPICH2 = Launcher(
+    "MVAPICH2",
+    "MV2_COMM_WORLD_RANK",
+    ("MV2_COMM_WORLD_SIZE",),
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    ("MV2_COMM_WORLD_LOCAL_SIZE",),
+    "MV2_COMM_WORLD_RANK",
+)
 PMI = Launcher("MPI", "PMI_RANK", ("PMI_SIZE",), "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), "PMI_RANK")
+MPI_LAUNCHERS = (OPEN_MPI, MVAPICH2, PMI)
 # Set by torchrun and by deepspeed's launcher besides torch's variables: proof that one of them started this process.
 NESTED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 ALONE = LaunchEnvironment("python", rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
@@ -85,8 +94,8 @@ def read(variables: Mapping[str, str] = os.environ) -> LaunchEnvironment:
 
     Raises UserError if a launcher's variables are incomplete or impossible, or two launchers' contradict each other.
     """
-    torch, slurm, open_mpi, pmi = (_read_launcher(launcher, variables) for launcher in (TORCH, SLURM, OPEN_MPI, PMI))
-    mpi = open_mpi or pmi
+    torch, slurm, *any_mpi = (_read_launcher(launcher, variables) for launcher in (TORCH, SLURM, *MPI_LAUNCHERS))
+    mpi = next((launch for launch in any_mpi if launch), None)
     if torch and not any(name in variables for name in NESTED):
         for other in (slurm, mpi):
             if other and not _same(torch, other):
@@ -169,7 +178,7 @@ def threads_set_by_user(variables: Mapping[str, str] = os.environ) -> bool:
 
 # Words in the command lines of launchers that leave their ranks running when they are killed.
 DEEPSPEED = "deepspeed.launcher.launch"
-LAUNCHERS = (DEEPSPEED, "torchrun", "torch.distributed", "mpirun", "mpiexec", "prte", "orted", "hydra")
+LAUNCHERS = (DEEPSPEED, "torchrun", "torch.distributed", "mpirun", "mpiexec", "mpispawn", "prte", "orted", "hydra")
 
 
 def launcher_processes(launch: LaunchEnvironment) -> tuple[tuple[int, int], ...]:
@@ -196,11 +205,12 @@ def launcher_processes(launch: LaunchEnvironment) -> tuple[tuple[int, int], ...]
 
 def job_on_host(variables: Mapping[str, str] = os.environ) -> str | None:
     """What the ranks of this job on this host have in common, and no other job has: the step of Slurm, else the
-    launcher's process. None for a process alone, and for ranks that no launcher has started."""
-    launch = read(variables)
+    launcher's process; the same before and after ``join``. None for a process alone, and for ranks that no launcher
+    has started."""
+    launch, slurm = read(variables), _read_launcher(SLURM, variables)
     if launch.world_size == 1:
         return None
-    if launch.launcher == SLURM.name:
+    if slurm and _same(launch, slurm):  # not one of torchrun's ranks within a step
         return " ".join(variables.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     parent, _ = _launcher()
     return None if parent is None else f"{parent.pid} {parent.create_time()}"
@@ -217,33 +227,34 @@ def _launcher() -> tuple[psutil.Process | None, list[str]]:
 
 
 def join() -> LaunchEnvironment:
-    """``read``, then set torch's variables to match: rank, size, local rank, the address and port of rank 0.
+    """``read``, then set torch's variables to match: rank, size, their local ones, the address and port of rank 0.
 
-    Under MPI one broadcast and one gather of mpi4py's; otherwise no communication.
+    Under MPI one broadcast and one gather of mpi4py's; otherwise no communication. Raises UserError if the address or
+    the port of rank 0 is not known or is none.
     """
     launch = read()
-    if launch.launcher in (OPEN_MPI.name, PMI.name) and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+    if launch.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's rank meets its agent there
+        # Any other process alone meets nobody: what a site or an earlier job exported is not of this run, and two runs
+        # in one Slurm step would derive the same port.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif any(launch.launcher == mpi.name for mpi in MPI_LAUNCHERS) and not set(RENDEZVOUS) <= set(os.environ):
         launch, address, port = _ask_mpi(launch)
-    elif launch.world_size == 1:  # even under Slurm: two such runs in one step would derive the same port
-        address, port = "127.0.0.1", free_port()
+        os.environ.setdefault("MASTER_ADDR", address)
+        os.environ.setdefault("MASTER_PORT", str(port))
     elif launch.launcher == SLURM.name:
-        address, port = _slurm_address(), _slurm_port(launch)
-    else:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UserError(
-                    name,
-                    None,
-                    f"is not set, but WORLD_SIZE = {launch.world_size}",
-                    "name the host of rank 0 and a free port",
-                )
-        address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", os.environ)
-        if not 0 < port < 65536:  # with 0 every rank would wait at a different port
-            raise UserError("MASTER_PORT", port, "is not a port", "name a free port of rank 0's host, 1 to 65535")
-    os.environ.setdefault("MASTER_ADDR", address)
-    os.environ.setdefault("MASTER_PORT", str(port))
+        os.environ.setdefault("MASTER_ADDR", _first_host())
+        os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
+    for name in RENDEZVOUS:
+        if name not in os.environ:
+            remedy = "name the host of rank 0 and a free port"
+            raise UserError(name, None, f"is not set, but WORLD_SIZE = {launch.world_size}", remedy)
+    text = os.environ["MASTER_PORT"]
+    if not (text.isdecimal() and 0 < int(text) < 65536):  # with 0 every rank would wait at a different port
+        raise UserError("MASTER_PORT", text, "is not a port", "name a free port of rank 0's host, 1 to 65535")
     local_rank = launch.local_rank or 0
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank))
+    if launch.local_world_size is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = str(launch.local_world_size)
     _name_interface(os.environ["MASTER_ADDR"], launch)
     return replace(launch, local_rank=local_rank)
 
@@ -255,32 +266,23 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _slurm_address() -> str:
-    """The step's first host, which has rank 0 under Slurm's default distribution of tasks."""
-    if "MASTER_ADDR" in os.environ:
-        return os.environ["MASTER_ADDR"]
+def _first_host() -> str:
+    """The step's first host, which has rank 0 under Slurm's default distribution of tasks.
+
+    ``rack[0-1]n[03-04,7],login`` begins with rack0n03. A container has no ``scontrol`` that could say so.
+    """
     hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    if not any(mark in hosts for mark in "[,"):
-        return hosts or "127.0.0.1"
-    try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            "MASTER_ADDR",
-            None,
-            f"is not set, and scontrol cannot name the first of {hosts} ({error})",
-            "set MASTER_ADDR",
-        ) from error
-    return shown.stdout.split()[0]
+    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", hosts).split(",")[0]
+    return first or "127.0.0.1"
 
 
-def _slurm_port(launch: LaunchEnvironment) -> int:
+def _slurm_port() -> int:
     """The same port on every rank, and another one for any other job step that may share the host."""
     reserved = os.environ.get("SLURM_STEP_RESV_PORTS") or ""
     if first_port := re.match(r"\d+", reserved):
         return int(first_port[0])
     job, step = int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ["SLURM_STEP_ID"])
-    return FIRST_PORT + (job * 7 + step) % NUM_PORTS
+    return FIRST_PORT + (job * 1009 + step) % NUM_PORTS  # jobs of successive numbers have a thousand steps each
 
 
 def _ask_mpi(launch: LaunchEnvironment) -> tuple[LaunchEnvironment, str, int]:

@@ -114,7 +114,8 @@ def source_of(path: str) -> str:
 
 
 # Columns that mark HarmBench's copyright rows, in the original and in its hub copy, in lower case.
-CATEGORY_COLUMNS = ("functionalcategory", "functional_category", "category")
+OWN_COLUMNS = ("functionalcategory", "functional_category")  # of no other benchmark
+CATEGORY_COLUMNS = (*OWN_COLUMNS, "category")
 # A row with one of these columns has an answer: it is not a HarmBench row, and its context is not part of a prompt.
 ANSWER_COLUMNS = {"answer", "answers", "response", "completion", "output", "chosen"}
 
@@ -149,7 +150,9 @@ def skip_reason(row: Row, kind: Kind | None) -> str | None:
     """
     if kind == "all":
         return None
-    if kind != "benign" and _is_copyright(row):  # HarmBench has no benign rows
+    if kind == "benign" and any(str(name).lower() in OWN_COLUMNS for name in row):
+        return "HarmBench row, which is not benign"
+    if kind != "benign" and _is_copyright(row):  # elsewhere a benign row may be of a category copyright
         return "HarmBench copyright row"
     data_type = str(row.get("data_type", ""))
     if "benign" in data_type and kind != "benign":

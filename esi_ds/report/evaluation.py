@@ -8,7 +8,7 @@ from esi_ds.data.thoughts import UNFINISHED
 from esi_ds.eval.rows import AgreementRow, ChangeRow, MeasureRow, RateRow
 from esi_ds.eval.tables import DIVERGENCE, TASK, is_share_metric
 from esi_ds.report import figures
-from esi_ds.report.contents import CurveRow, EvaluationReport, PivotRow
+from esi_ds.report.contents import CurveRow, EvaluationReport, PivotRow, RateTables
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted, ends_of
 
@@ -79,8 +79,10 @@ def is_share(cell: RateRow) -> bool:
     return has_flags or is_share_metric(str(measured["judge"]))
 
 
-def p_value(value: float) -> str:
-    """Four digits, or that it is below them."""
+def p_value(value: float | None) -> str:
+    """Four digits, or that it is below them; a dash for None."""
+    if value is None:
+        return "–"
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
@@ -125,13 +127,13 @@ def markdown(report: EvaluationReport) -> str:
     return "\n".join(lines)
 
 
-def changes_markdown(report: EvaluationReport) -> str:
+def changes_markdown(report: RateTables) -> str:
     """The paired changes and the judges' agreement for TensorBoard."""
     lines = ["| measure | set | judge | model | against | pairs | difference [95 %], p |", "|---" * 7 + "|"]
     for row in report["changes"]:
         compared = f"{WORDS[row['measure']]} | {row['set']} | {row['judge']} | {row['model']} | {row['before']}"
         lines.append(f"| {compared} | {row['num_pairs']} | {change(row)} |")
-    lines += ["", "| judge | judge | answers | Cohen's kappa |", "|---" * 4 + "|"]
+    lines += ["", "| judge | judge | answers | Cohen's kappa [95 %] |", "|---" * 4 + "|"]
     for agreement in report["agreements"]:
         judges = f"{agreement['first']} | {agreement['second']}"
         lines.append(f"| {judges} | {agreement['num_pairs']} | {kappa(agreement)} |")
@@ -139,8 +141,11 @@ def changes_markdown(report: EvaluationReport) -> str:
 
 
 def kappa(row: AgreementRow) -> str:
-    """Cohen's κ with two digits."""
-    return "undefined" if row["kappa"] is None else f"{row['kappa']:.2f}"
+    """Cohen's κ with two digits, and its interval where it has one."""
+    if row["kappa"] is None:
+        return "undefined: one verdict only"
+    bounds = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['kappa']:.2f}{bounds}"
 
 
 def publish(tracker: Tracker, report: EvaluationReport) -> None:

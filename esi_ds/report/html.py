@@ -22,6 +22,7 @@ from esi_ds.report.contents import (
     Overlap,
     PerturbationReport,
     PivotRow,
+    RateTables,
     Report,
     TuningReport,
     UnitRow,
@@ -168,7 +169,9 @@ def _template(name: str) -> Template:
         "number": _number,
         "interval": evaluation.interval,
         "change": evaluation.change,
+        "kappa": evaluation.kappa,
         "percent": evaluation.percent,
+        "p_value": evaluation.p_value,
         "share": _share,
         "times": _times,
         "counted": counted,
@@ -215,6 +218,7 @@ def _perturbation_page(report: PerturbationReport) -> str:
         noisy_weights=sentences.noisy_weights(report),
         words=evaluation.WORDS,
         charts=_noise_charts(report),
+        missing=_missing(report),
     )
 
 
@@ -234,9 +238,14 @@ def _evaluation_pieces(report: EvaluationReport) -> EvaluationPieces:
             _picture(figures.rate_bars(title, rows, names, drawn), f"{title}: rates with intervals")
             for title, rows in charts
         ],
-        "missing": [row for row in report["measures"] if row["reasons"] and row["measure"] != evaluation.TASK],
+        "missing": _missing(report),
         "flawed": [row for row in report["measures"] if row["reasons"] and row["measure"] == evaluation.TASK],
     }
+
+
+def _missing(report: RateTables) -> list[MeasureRow]:
+    """Measures of which some answers have no verdict."""
+    return [row for row in report["measures"] if row["reasons"] and row["measure"] != evaluation.TASK]
 
 
 def _picture(figure: Figure, alternative: str) -> Markup:

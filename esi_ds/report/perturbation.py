@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from esi_ds.report import figures
 from esi_ds.report.contents import CurveRow, PerturbationReport
-from esi_ds.report.evaluation import chart_title, interval, publish_rates, question_of
+from esi_ds.report.evaluation import changes_markdown, chart_title, interval, p_value, publish_rates, question_of
 from esi_ds.tracking import Tracker
 from esi_ds.words import counted
 
@@ -28,7 +28,9 @@ def closing_table(report: PerturbationReport) -> str:
         lines += ["", title]
         for row in points:
             name = f"{row['order']} {row['ratio']:g}, noise {row['noise']:g}"
-            lines.append(f"  {name:32} {interval(row)}")
+            tests = ", ".join(map(p_value, row["p_values"]))
+            against = f"   p {tests} (against noise 0)" if tests else ""
+            lines.append(f"  {name:32} {interval(row)}{against}")
     lines += [f"{name} used {usage}" for name, usage in report["usage"].items()]
     restored = report["restored"]
     lines += [
@@ -42,6 +44,7 @@ def publish(tracker: Tracker, report: PerturbationReport) -> None:
     """Rates as scalars; the curves over the noise, in hundredths of σ or finer, as scalars and as images, and first as
     charts with a line for each part of the ranking."""
     publish_rates(tracker, report["measures"])
+    tracker.text("changes", changes_markdown(report))
     per_sigma = steps_per_sigma([row["noise"] for row in report["curves"]])
     for row in report["curves"]:
         if row["rate"] is not None:

@@ -145,6 +145,23 @@ def test_a_mistake_is_told_by_rank_0_first(stage, config: str, variables, monkey
     assert codes == [75, 2, 75, 75, 1]  # what a signal would make of it, at the start and while it waits
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cofnig", "x"], ["--config", "x", "--nodes", "2"], ["--config", "x", "--nodes", "0"]]
+)
+def test_help_and_wrong_flags_are_told_by_rank_0_alone(arguments: list[str], stage, monkeypatch, capsys) -> None:
+    waited, shown = [], []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as left:
+            main("fake", arguments)
+        assert left.value.code == (0 if arguments == ["--help"] else 2)
+        shown.append("".join(capsys.readouterr()))
+    assert shown[0].startswith("usage: ") and shown[1] == ""
+    assert waited == ([] if arguments == ["--help"] else [cli.TURN_S])
+
+
 # A stage that waits in C, as for other ranks: Python's own handlers do not run meanwhile.
 WAITING = """
 import ctypes, os, signal, sys, types

@@ -210,6 +210,12 @@ def test_files_of_harmbench_in_the_hub_copys_shape(tmp_path: Path) -> None:
     prompt_set = load_prompts(str(tmp_path / "rows.jsonl"))
     assert prompt_set.prompts == ("The lab.\n\n---\n\na", "d")
     assert prompt_set.skipped == ((1, "HarmBench copyright row"), (2, "HarmBench copyright row"))
+    assert (2, "HarmBench row, which is not benign") in load_prompts(
+        str(tmp_path / "rows.jsonl"), kind="benign"
+    ).skipped
+    (tmp_path / "behaviors.csv").write_text("Behavior,FunctionalCategory\nb1,standard\nb2,copyright\n")
+    with pytest.raises(UserError, match=r"has no prompt \(HarmBench row, which is not benign\)"):
+        load_prompts(str(tmp_path / "behaviors.csv"), kind="benign")
 
 
 def test_shipped_examples() -> None:

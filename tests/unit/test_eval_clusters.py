@@ -256,9 +256,13 @@ def test_curves_of_noise_pool_seeds_by_clusters() -> None:
             Measure("attack_success", "s", "harmful", "j", model, list(given), clusters=list(clusters))
             for model, given in flags.items()
         ]
-        _, noisy = curves(measures, cells)
+        before = {model: None if model == "clean" else "clean" for model in flags}
+        compared = changes(measures, before, seed=0)
+        clean, noisy = curves(measures, cells, compared)
         pooled = flags[cells[0].name] + flags[cells[1].name]
         expected = cluster_rate(pooled, [(seed, key) for seed in (0, 1) for key in keys]) if clusters else wilson(9, 11)
         assert (noisy["count"], noisy["n"], noisy["missing"]) == (9, 11, 1)
         assert (noisy["low"], noisy["high"]) == (expected.low, expected.high)
         assert noisy["by_seed"] == [0.6, 1.0]
+        assert noisy["p_values"] == [row["p_value"] for row in compared] and clean["p_values"] == []
+        assert clusters or noisy["p_values"] == [0.25, 2**-5]

@@ -21,7 +21,8 @@ from esi_ds.eval.refusals import REFUSAL_LISTS
 from esi_ds.eval.rows import ANSWER_KEY, SurpriseRow
 from esi_ds.eval.statistics import paired_rates
 from esi_ds.eval.tables import Measure, agreements, answer_measures, changes, task_measures
-from esi_ds.report.evaluation import change, charts, closing_table, markdown, publish, publish_rates
+from esi_ds.report import perturbation
+from esi_ds.report.evaluation import change, charts, closing_table, kappa, markdown, publish, publish_rates
 from esi_ds.report.html import render
 from esi_ds.report.overview import FinishedRun, joined, key_fact
 from esi_ds.stages.evaluate import answering
@@ -394,7 +395,31 @@ def test_tables_for_console_and_tensorboard(report: dict, tmp_path: Path) -> Non
         (point,) = line.Scalars("Overview/attack success, s, j")
         assert (point.step, point.value) == (4, pytest.approx(row["rate"]))
     (agreed,) = report["agreements"]
-    assert f"| j | k | {agreed['num_pairs']} | {agreed['kappa']:.2f} |" in shown
+    assert f"| j | k | {agreed['num_pairs']} | {kappa(agreed)} |" in shown
+    ranged = {**agreed, "kappa": 0.5, "low": 0.25, "high": 0.75}
+    assert "kappa 0.50 [0.25, 0.75] over" in closing_table({**report, "agreements": [ranged]})
+    assert kappa({**agreed, "kappa": 1.0, "low": None}) == "1.00"
+
+
+def test_a_perturbation_says_what_was_read_judged_and_compared(report: dict, tmp_path: Path) -> None:
+    report["measures"][1]["reasons"] = {"HTTP 400: too long": 3}
+    about = {"order": "top", "ratio": 0.01, "by_seed": [0.5, None], "p_values": [0.0123, None]}
+    clean, noisy = report["measures"][:2]
+    report |= {
+        "kind": "perturbation",
+        "curves": [{**clean, **about, "p_values": [], "noise": 0.0}, {**noisy, **about, "noise": 1.0}],
+        "cells": [{"name": EVIL, "order": "top", "ratio": 0.01, "noise": 1.0, "seed": 0, "k": 1}],
+        "mask": {"path": "mask", "k": 1, "criterion": "esi"},
+        "restored": {"digest": "0" * 64, "checked": 1},
+    }
+    page = render(json.loads(json.dumps(report)))
+    assert "0.0123, –</td>" in page and "HTTP 400: too long</td><td" in page and "Do the judges agree" in page
+    assert "2 × &lt;script&gt;" in page and '<td>guard</td><td class="facts">g</td><td>above 0.5</td>' in page
+    shown = perturbation.closing_table(report)
+    assert shown.count("(against noise 0)") == 1 and "p 0.0123, – (against noise 0)" in shown
+    with Tracker(tmp_path, enabled=True, tensorboard=True, stage="perturb") as tracker:
+        perturbation.publish(tracker, report)
+    assert "changes/text_summary" in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["tensors"]
 
 
 def test_rates_of_a_run_that_is_done_once_more_are_there_once(

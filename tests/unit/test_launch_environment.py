@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import psutil
 import pytest
@@ -40,6 +41,12 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+MPIRUN_RSH = {
+    "MV2_COMM_WORLD_RANK": "1",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "MV2_COMM_WORLD_LOCAL_RANK": "0",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "1",
+}
 DAEMON = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
 
 
@@ -56,6 +63,7 @@ DAEMON = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PE
         ({**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, LaunchEnvironment("Slurm", 1, 2, 0, 1)),
         (BATCH, ALONE),  # plain python in a batch script's shell is not a rank of the allocation
         (MPIRUN, LaunchEnvironment("Open MPI", 1, 2, 1, 2)),
+        (MPIRUN_RSH, LaunchEnvironment("MVAPICH2", 1, 2, 0, 1)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, LaunchEnvironment("MPI", 1, 2, None, None)),
         ({**STEP, "PMI_RANK": "1", "PMI_SIZE": "2"}, LaunchEnvironment("Slurm", 1, 2, 0, 1)),  # srun --mpi=pmi2
         ({**DAEMON, **MPIRUN}, LaunchEnvironment("Open MPI", 1, 2, 1, 2)),  # mpirun starts its daemons with srun
@@ -144,3 +152,88 @@ def test_a_parent_that_cannot_be_seen(monkeypatch: pytest.MonkeyPatch, error: ty
     monkeypatch.setattr(psutil.Process, "parent", parent)
     assert launch_environment.launcher_processes(read(TORCHRUN)) == ()
     assert launch_environment.job_on_host(TORCHRUN) is None
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], dict[str, str]]:
+    """The environment that ``join`` leaves behind, given these variables."""
+    monkeypatch.setattr(launch_environment, "_name_interface", lambda address, launch: None)
+
+    def join(variables: dict[str, str]) -> dict[str, str]:
+        with patch.dict(os.environ, variables, clear=True):
+            launch_environment.join()
+            return dict(os.environ)
+
+    return join
+
+
+STALE = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
+ONE = {"RANK": "0", "WORLD_SIZE": "1"}
+ONE_TASK = {**STEP, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        STALE,
+        {**STALE, **ONE_TASK},
+        {**STALE, **ONE},
+        {"MASTER_ADDR": "node7", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        {"MASTER_PORT": "abc"},
+        {"MASTER_PORT": "0"},
+    ],
+)
+def test_a_process_alone_meets_itself_whatever_a_site_has_exported(joined, variables: dict[str, str]) -> None:
+    environment = joined(variables)
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["MASTER_PORT"] not in ("29500", "abc", "0")
+
+
+def test_the_one_rank_of_torchrun_meets_its_agent(joined) -> None:
+    assert joined({**STALE, **ONE, "TORCHELASTIC_RUN_ID": "none"}).items() >= STALE.items()
+
+
+@pytest.mark.parametrize("launcher", [STEP, {"RANK": "1", "WORLD_SIZE": "2"}, MPIRUN])
+@pytest.mark.parametrize("port", ["0", "65536", "abc"])
+def test_ports_are_checked_whoever_set_them(joined, launcher: dict[str, str], port: str) -> None:
+    with pytest.raises(UserError, match=f"MASTER_PORT = '?{port}'?: is not a port"):
+        joined({**launcher, "MASTER_ADDR": "node7", "MASTER_PORT": port})
+
+
+@pytest.mark.parametrize(
+    ("launcher", "size"),
+    [
+        ({**STEP, "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, "2"),
+        ({**DEEPSPEED, **STALE}, "2"),
+        ({**STEP, "SLURM_NTASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, None),
+    ],
+)
+def test_libraries_learn_how_many_ranks_a_host_has(joined, launcher: dict[str, str], size: str | None) -> None:
+    assert joined(launcher).get("LOCAL_WORLD_SIZE") == size
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("gpu-[03-04]", "gpu-03"),
+        ("gpu-03,gpu-07", "gpu-03"),
+        ("rack[0-1]n[03-04,7]", "rack0n03"),
+        ("a[1,3]-ib", "a1-ib"),
+        ("n[08-12],m1", "n08"),
+        ("node1", "node1"),
+        ("", "127.0.0.1"),
+    ],
+)
+def test_rank_0_is_on_the_first_host_of_slurms_list(joined, hosts: str, first: str) -> None:
+    assert joined({**STEP, "SLURM_STEP_NODELIST": hosts})["MASTER_ADDR"] == first
+
+
+def test_steps_that_may_share_a_host_have_ports_of_their_own(joined) -> None:
+    steps = [{**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in (7, 8, 9) for step in range(20)]
+    ports = {int(joined(step)["MASTER_PORT"]) for step in steps}
+    assert len(ports) == len(steps) and min(ports) >= 16384 and max(ports) < 32768
+    assert joined({**STEP, "SLURM_STEP_RESV_PORTS": "12001-12002"})["MASTER_PORT"] == "12001"
+
+
+def test_the_ranks_of_a_step_have_the_same_in_common_after_they_have_joined(joined) -> None:
+    step = {**STEP, "SLURM_RESTART_COUNT": "1"}
+    assert launch_environment.job_on_host(step) == launch_environment.job_on_host(joined(step)) == "7 0 1"

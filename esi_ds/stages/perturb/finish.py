@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from esi_ds.eval.rows import ChangeRow
 from esi_ds.eval.tables import Measure
 from esi_ds.report.contents import CurveRow, PerturbationReport
+from esi_ds.report.evaluation import question_of
 from esi_ds.report.perturbation import closing_table, publish
 from esi_ds.report.sentences import mask_bits
 from esi_ds.stages.evaluate.finish import facts, measures_of, rate_tables
@@ -52,7 +54,7 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: EvalOutcome, restored:
         "restored": {"digest": restored.digest, "checked": restored.num_checked},
         **tables,
         "usage": outcome.usage,
-        "curves": curves(measures, inputs.cells),
+        "curves": curves(measures, inputs.cells, tables["changes"]),
         "facts": {
             **facts(run, inputs.eval.section),
             "fingerprint": run.fingerprint,
@@ -64,12 +66,15 @@ def finish_perturb(run: StageRun[PerturbInputs], outcome: EvalOutcome, restored:
     run.show(report, publish, closing_table)
 
 
-def curves(measures: Sequence[Measure], cells: Sequence[NoiseCell]) -> list[CurveRow]:
+def curves(measures: Sequence[Measure], cells: Sequence[NoiseCell], changes: Sequence[ChangeRow]) -> list[CurveRow]:
     """One row per measure, set, judge, order, ratio and noise, with the seeds' answers pooled into one interval.
 
     The clean model is noise 0 of every order and ratio. The seeds share their prompts, so the interval speaks of the
     noise on these prompts.
+
+    changes: of every cell against the clean model.
     """
+    p_values = {(*question_of(row), row["model"]): row["p_value"] for row in changes}
     by_model = {(*measure.topic, measure.model): measure for measure in measures}
     rows = []
     for measure, set_name, judge in dict.fromkeys(key[:3] for key in by_model):
@@ -79,14 +84,14 @@ def curves(measures: Sequence[Measure], cells: Sequence[NoiseCell]) -> list[Curv
             names |= {noise: [cell.name for cell in curve if cell.noise == noise] for noise in {c.noise for c in curve}}
             for noise in sorted(names):
                 seeds = [by_model[measure, set_name, judge, name] for name in names[noise]]
-                rows.append(_pooled(measure, set_name, judge, order, ratio, noise, seeds))
+                rows.append(_pooled(order, ratio, noise, seeds))
+                rows[-1]["p_values"] = [p_values.get((*seed.topic, seed.model)) for seed in seeds if noise]
     return rows
 
 
-def _pooled(
-    measure: str, set_name: str, judge: str, order: str, ratio: float, noise: float, seeds: Sequence[Measure]
-) -> CurveRow:
+def _pooled(order: str, ratio: float, noise: float, seeds: Sequence[Measure]) -> CurveRow:
     """A point of a curve. seeds: what is counted of its cells, one per seed."""
+    measure, set_name, judge = seeds[0].topic
     whole = replace(
         seeds[0],
         flags=[flag for seed in seeds for flag in seed.flags],
@@ -108,4 +113,5 @@ def _pooled(
         "rate": pooled["rate"],
         "missing": pooled["missing"],
         "by_seed": [seed.as_row()["rate"] for seed in seeds],
+        "p_values": [],
     }
