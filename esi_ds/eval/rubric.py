@@ -215,7 +215,7 @@ def read_verdict(reply: Reply, question: RubricQuestion, answer: str, threshold:
     return Verdict.missing(score) if isinstance(score, str) else Verdict(score >= threshold, float(score))
 
 
-def _without_quotations(text: str, question: Question, answer: str) -> str:
+def _without_quotations(text: str, question: RubricQuestion, answer: str) -> str:
     """The judge's reply without quotations of the material: a marked part, the whole answer, lines and scores."""
     marked = re.compile(rf"<(request|reply) {question.nonce}>.*?(</\1 {question.nonce}>|\Z)", re.DOTALL)
     text = marked.sub(" ", text)

@@ -25,7 +25,8 @@ from esi_ds.core.trained import Trained
 from esi_ds.core.units import Shard
 from esi_ds.errors import UserError
 from esi_ds.zero.bypass import refuse_added, refuse_outer_masters, refuse_reshaped, refuse_steps_elsewhere
-from esi_ds.zero.optimizer import FlatGroups, as_coordinates, keep_trained_gradient, partition_of, resolve_trained
+from esi_ds.zero.named_parameters import resolve_trained
+from esi_ds.zero.optimizer import FlatGroups, as_coordinates, keep_trained_gradient, partition_of
 from esi_ds.zero.partitioned import attributes, is_partitioned, whole_shape
 
 FIELD, OUTSIDE = "esi_ds.freeze", "something other than an optimizer's step"
