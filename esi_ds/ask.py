@@ -128,7 +128,7 @@ def _ask(
     rows = {_key(row): row for row in _rows_on_disk(output, asked)}
     wanted = {_key(question): question for question in questions}
     if any(key not in rows for key in wanted):
-        check_served(endpoint, "--model", "--base-url")
+        endpoint = check_served(endpoint, "--model", "--base-url")
     # Where it has replied before, what it refuses now is the question's fault, even if all that are left are so.
     patience = Patience(was_alive=any(row["response"] is not None for row in rows.values()))
     last = ""

@@ -31,7 +31,7 @@ from esi_ds.core.mask import INDEX_NAME, pack_bits, unpack_bits
 from esi_ds.core.quantised import Weight, file_of, fill_weights, whole_weight
 from esi_ds.core.stored import DTYPES, StoredReader
 from esi_ds.errors import UserError, ends_with_message
-from esi_ds.models.beside_weights import copy_beside_weights, name_dtype
+from esi_ds.models.beside_weights import check_same_configuration, copy_beside_weights, name_dtype
 from esi_ds.models.chat_templates import FILE_NAME, chat_templates, of_tokenizer, write_chat_templates
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.quantised import model_weights, read_quantisation, weight_names
@@ -342,6 +342,7 @@ def create(base: Path, tuned: Path, folder: Path) -> PatchSummary:
     check_new_folder("PATCH", folder)
     if (quantisation := read_quantisation(tuned, "TUNED")) is not None:
         raise UserError("TUNED", str(tuned), f"is {quantisation}: its weights are rounded", "give model/ of a run")
+    check_same_configuration(base, tuned)
     with whole_folder(folder) as temporary:
         changes = create_part(base, tuned, temporary)
         digests = base_digests(base, tuned), tensor_digests(tuned, field="TUNED")

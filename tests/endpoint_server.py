@@ -126,7 +126,10 @@ class Judge(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.models is None:
             return self.send(404, b"no list")
-        listed = {"object": "list", "data": [{"id": name} for name in self.server.models]}
+        listed = {
+            "object": "list",
+            "data": [{"id": name, "owned_by": self.server.owner} for name in self.server.models],
+        }
         return self.send(200, json.dumps(listed).encode())
 
     def do_POST(self) -> None:
@@ -225,6 +228,7 @@ def running_server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Judge)
     server.lock, server.stopped = threading.Lock(), threading.Event()
     server.models = None  # that it lists
+    server.owner = "openai"  # of these
     server.together = threading.Barrier(1)  # requests that must be under way before one is answered
     server.seen, server.attempts, server.active, server.most_active = [], Counter(), 0, 0
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

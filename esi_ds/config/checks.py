@@ -88,12 +88,16 @@ def check_deepspeed_keys(deepspeed: Any) -> None:
         raise UserError("deepspeed.comet.api_key", None, problem, "remove it, and export COMET_API_KEY")
 
 
+# What a chat template is given by whoever renders it.
+OF_THE_TEMPLATE = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
+BY_CONVERSATION = "the conversation sets it"
 # Keys of a request's body that ``extra`` may not set, and what does set them. Without max_tokens a server has its own.
-OF_THE_REQUEST = {
-    "messages": "they hold the question",
+# Servers take what a template is given, too.
+OF_THE_REQUEST = dict.fromkeys((*OF_THE_TEMPLATE, "functions", "tool_choice", "function_call"), BY_CONVERSATION) | {
     "model": "the key model sets it",
     "stream": "the reply is read whole",
-    "n": "one reply is read",
+    "echo": "the reply alone is read",
+    **dict.fromkeys(("n", "best_of", "use_beam_search"), "one reply is read, greedy or sampled"),
     "max_tokens": "the key max_tokens, or eval.max_new_tokens, sets it",
 }
 
@@ -103,20 +107,17 @@ def check_extra(extra: Mapping[str, Any], field: str) -> None:
     for key, value in extra.items():
         if key in OF_THE_REQUEST and not (key == "max_tokens" and value is None):
             raise UserError(f"{field}.{key}", value, f"cannot be set here: {OF_THE_REQUEST[key]}", "remove it")
+    if isinstance(values := extra.get("chat_template_kwargs"), dict):
+        check_template_kwargs(values, f"{field}.chat_template_kwargs")
 
 
-# What a chat template is given by whoever renders it.
-OF_THE_TEMPLATE = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
-
-
-def check_template_kwargs(values: Mapping[str, Any]) -> None:
+def check_template_kwargs(values: Mapping[str, Any], field: str = "model.template_kwargs") -> None:
     """Raise UserError for a name that a chat template cannot read as a value of the user's."""
-    field = "model.template_kwargs"
     for name, value in values.items():
         if not name.isidentifier() or not name.isascii():
             raise UserError(f"{field}.{name}", value, "is not a name that a template can read", "write it as a word")
         if name in OF_THE_TEMPLATE:
-            raise UserError(f"{field}.{name}", value, "cannot be set here: the conversation sets it", "remove it")
+            raise UserError(f"{field}.{name}", value, f"cannot be set here: {BY_CONVERSATION}", "remove it")
 
 
 def check_date(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, BatchEncoding, PretrainedConfig, PreTrai
 
 from esi_ds.config import Model
 from esi_ds.data.template_values import check_read, default_template, set_values
-from esi_ds.data.thoughts import mark_strings, prompt_end
+from esi_ds.data.thoughts import MARKS, has_marks, mark_strings, prompt_end
 from esi_ds.data.tokenizer_files import NEEDED, as_in_file, check_pattern_known
 from esi_ds.data.turns import Prompt, Turn, with_system
 from esi_ds.errors import UserError
@@ -29,6 +30,8 @@ from esi_ds.words import counted
 Key = TypeVar("Key", bound=Hashable)
 TURN_MARK = "⟦turn⟧"
 NO_ROOM = "no room for an answer"
+# What templates read in a text and take out of it: SmolLM3's, Nemotron's.
+SWITCHES = re.compile("/no_?think|/think|/system_override")
 MAX_NAMED = 5  # special tokens that a line of the log names
 
 
@@ -252,13 +255,14 @@ def _trace(turn: Mapping[str, Any]) -> dict[str, str]:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system_prompt: str | None) -> list[int]:
     """Ids of a prompt in the model's chat template, up to where the assistant's response begins.
 
-    A chat's own system turn takes the place of ``system_prompt``. Raises TemplateRejection; TurnLeftOut for a chat of
-    which the template leaves out a turn, which ``check_chat_template`` has not asked about.
+    A chat's own system turn takes the place of ``system_prompt``. Raises TemplateRejection; TurnLeftOut where the
+    template leaves out a turn or a part of its text.
     """
     turns = with_system(prompt, system_prompt)
     if not isinstance(prompt, str):
         TemplateCheck(tokenizer).check([turn["role"] for turn in turns], add_generation_prompt=True)
     text = render(tokenizer, turns, add_generation_prompt=True)
+    check_shown(turns, text)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise TemplateRejection("the chat template turns it into no token")
@@ -421,19 +425,45 @@ class TemplateCheck:
     def _turns_left_out(self, roles: Sequence[str], add_generation_prompt: bool) -> list[int]:
         key = (tuple(roles), add_generation_prompt)
         if key not in self._left_out:
-            turns = [{"role": role, "content": turn_mark(number)} for number, role in enumerate(roles)]
+            turns = [{"role": role, "content": turn_mark(number, role)} for number, role in enumerate(roles)]
             text = render(self._tokenizer, turns, add_generation_prompt=add_generation_prompt)
             self._left_out[key] = [number for number, turn in enumerate(turns) if turn["content"] not in text]
         return self._left_out[key]
 
     def _error(self, roles: Sequence[str], number: int) -> TurnLeftOut:
-        which = f"turn {number + 1} ({roles[number]}) of the {len(roles)} turns {', '.join(roles)}"
-        return TurnLeftOut(f"the chat template leaves out {which}, or changes its text")
+        return TurnLeftOut(f"the chat template leaves out {_named(roles, number)}, or changes its text")
 
 
-def turn_mark(number: int) -> str:
-    """A text that no template holds, long enough to show one that cuts its turns."""
-    return f"Turn {number} begins here, {'and so on ' * 200}and turn {number} ends here."
+def _named(roles: Sequence[str], number: int) -> str:
+    return f"turn {number + 1} ({roles[number]}) of the {len(roles)} turns {', '.join(roles)}"
+
+
+def turn_mark(number: int, role: str) -> str:
+    """A text that no template holds, long enough to show one that cuts its turns. Characters that an escape would
+    change show one that rewrites them, but in the result of a tool, which Llama 3's templates write as JSON."""
+    escaped = "" if role == "tool" else """<b>"quotes" & 'é'</b>\\,  {{two}} spaces,\ta tab\nand a line, """
+    return f"Turn {number} begins here, {escaped}{'and so on ' * 200}and turn {number} ends here."
+
+
+def check_shown(turns: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises TurnLeftOut where what a template has made of the turns lacks a part of their own text.
+
+    White space may differ (Falcon's template drops empty lines), ``SWITCHES`` may be gone, and so may thoughts in
+    answers. The result of a tool may be written as JSON.
+    """
+    shown = _words(text)
+    for number, turn in enumerate(turns):
+        content = turn["content"]
+        if turn["role"] == "tool" or (turn["role"] == "assistant" and has_marks(content, MARKS)):
+            continue
+        if content.strip() not in text and not all(_words(part) in shown for part in SWITCHES.split(content)):
+            named = _named([turn["role"] for turn in turns], number)
+            raise TurnLeftOut(f"the chat template leaves out a part of {named}, or changes its text")
+
+
+def _words(text: str) -> str:
+    """The text with a single space for white space of any length, and none at its ends."""
+    return " ".join(text.split())
 
 
 def with_template(

@@ -27,17 +27,18 @@ REFUSED = (
     *("image", "images", "video", "videos", "audio", "audios"),
 )
 # Marks of what is learnt; of a whole row, those that can mean nothing else.
-LEARNT = ("weight", "loss_weight", "loss_mask", "step_loss_mask", "train", "training", "trainable", "learn", "loss")
-ROW_LEARNT = ("weight", "loss_weight", "loss_mask", "sample_weight", "train")
+ROW_LEARNT = ("weight", "loss_weight", "loss_scale", "loss_mask", "sample_weight", "train")
+LEARNT = (*ROW_LEARNT, "step_loss_mask", "training", "trainable", "learn", "loss")
 NOT_LEARNT = ("mask", "masked", "ignore", "ignore_loss", "mask_history", "train_detail")
 # A mark by another name is made up of words of learning and of what is learnt: ``compute_loss``, ``train_on_turn``, but
 # not ``loss_type``, ``masked_text``, ``weight_loss`` or ``attention_mask``.
-LEARNING = r"loss|masks?|masked|(?:un)?learn(?:able|ed|t)?|train(?:able|ed|ing)?"
+LEARNING = r"loss|weights|masks?|masked|(?:un)?learn(?:able|ed|t)?|train(?:able|ed|ing)?"
 ABOUT_LEARNING = (
-    r"be|compute|calculate|do|exclude|for|from|ignore|in|include|is|no|not|of|on|should|skip|to|use|"
+    r"be|compute|calculate|do|exclude|for|from|ignore|in|include|is|no|not|of|on|should|skip|to|use|with|"
     r"answer|assistant|completion|labels?|output|response|row|sample|steps?|target|tokens?|turns?"
 )
 LEARNING_MARK = re.compile(rf"(?=.*(?:{LEARNING}))(?:(?:{LEARNING}|{ABOUT_LEARNING})[ _-]?)+")
+WEIGHT_MARK = re.compile(r"(?:answer|loss|output|response|row|sample|token|turn)s?[ _-]?weights?|loss[ _-]?scales")
 # What columns that judge the answer say of one that is not to be learnt.
 UNSAFE_ANSWER = {
     "is_safe": ("false", "0", "0.0", "no"),  # BeaverTails
@@ -50,7 +51,9 @@ ATTACKS = ("adversarial", "vanilla")  # WildJailbreak's: a row has one of them, 
 # A prompt where there is no question; a text may be a chat as its template writes it.
 WHOLES = ("text", *CHATS, "turns")
 NOTHING = ("[]", "{}", "null")  # how tables write an empty list or object
-YES_OR_NO = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+YES_OR_NO = dict.fromkeys(("0", "0.0", "false", "no", "off"), False) | dict.fromkeys(
+    ("1", "1.0", "true", "yes", "on"), True
+)
 
 
 class UnreadableRow(Exception):
@@ -329,7 +332,9 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
         if yes_or_no(marks.get(name, False)) is not False:
             raise UnreadableRow(f"it has {name}, which is not read")
     for name, value in marks.items():
-        if name not in (*names, *NOT_LEARNT) and LEARNING_MARK.fullmatch(name) and _is_yes_or_no(value):
+        if name in (*names, *NOT_LEARNT):
+            continue
+        if WEIGHT_MARK.fullmatch(name) or (LEARNING_MARK.fullmatch(name) and _is_yes_or_no(value)):
             raise UnreadableRow(f"it has {name}, which may say what is learnt and is not read")
     return values.pop() if values else None
 

@@ -21,6 +21,7 @@ from esi_ds.data.chat import (
     TemplateRejection,
     break_up,
     broken_up_words,
+    check_shown,
     encode_with_spans,
     render,
     specials_in,
@@ -278,7 +279,9 @@ def encode(
     elif pieces is None:
         pieces = [replace(_piece(tokenizer, turns, *_last_piece(tokenizer, turns), ends), trailing="")]
     earlier, spoken = spoken[: -len(pieces)], spoken[-len(pieces) :]
-    segments = iter(_segment_ids(tokenizer, [text for piece in pieces for text in piece.texts]))
+    texts = [text for piece in pieces for text in piece.texts]
+    check_shown(turns, "".join(texts))
+    segments = iter(_segment_ids(tokenizer, texts))
     ids: list[int] = []
     labels: list[int] = []
     for index, piece in zip(spoken, pieces, strict=True):

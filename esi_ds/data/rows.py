@@ -103,17 +103,24 @@ def _json_rows(text: str) -> list[Row]:
 
 
 def _wrapped_rows(content: dict[str, Any]) -> Any:
-    """The rows of an object that is more than a list. Raises ValueError where it has two lists of them, or columns."""
+    """The rows of an object that is more than a list.
+
+    Raises ValueError where it has columns, or two lists of rows: of objects with a name in common, or under ``data``
+    and ``rows``.
+    """
     if _is_row(content):
         return [content]
     if is_by_column(content):
         raise ValueError("it holds columns: write a list of objects, one a row (in pandas, orient='records')")
-    lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    named = [content[key] for key in ("data", "rows") if isinstance(content.get(key), list)]
-    if len(named) > 1:
-        raise ValueError("it has rows under data and under rows")
+    lists = {key: value for key, value in content.items() if isinstance(value, list) and _has_objects(value)}
+    named = {key: content[key] for key in ("data", "rows") if isinstance(content.get(key), list)}
+    name, rows = next(iter((named or lists).items()), ("", []))
+    columns = set(rows[0]) if _has_objects(rows) else set()
+    others = [key for key in {**named, **lists} if key != name and (key in named or columns & set(lists[key][0]))]
+    if others:
+        raise ValueError(f"it has rows under {' and under '.join([name, *others])}: keep one list of them")
     if named or len(lists) == 1:
-        return (named or lists)[0]
+        return rows
     if content and all(isinstance(value, dict) for value in content.values()):
         return [{"id": key, **value} for key, value in content.items()]
     return [content] if content else []
@@ -128,6 +135,10 @@ def is_by_column(content: dict[str, Any]) -> bool:
         or (isinstance(column, dict) and bool(column) and all(map(str.isdigit, column)))
         for column in columns
     )
+
+
+def _has_objects(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], dict)
 
 
 def _is_row(content: dict[str, Any]) -> bool:

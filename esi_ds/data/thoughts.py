@@ -41,15 +41,19 @@ MARKS: Marks = (
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<longcat_think>", "</longcat_think>"),  # LongCat
     ("<|think:start|>", "<|think:end|>"),  # Solar Open 2
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
 )
+# In words, which answers may hold: a mark where a prompt ends with it, or a response begins with it and closes it.
+IN_WORDS = {MARKS[-1][0]: rf"\A\s*{re.escape(MARKS[-1][0])}(?=(?s:.*){re.escape(MARKS[-1][1])})"}
 # A thought where it begins the response and something follows it: answers speak of such tags, and hold them. The words
 # are Granite 3.2's.
+TAGS = "analysis|cot|inner_thoughts|reason|reflection|scratchpad|thoughts"
 LEADING = re.compile(
-    r"\s*(?:<(?P<tag>analysis|reflection|scratchpad)>(?P<trace>.*?)</(?P=tag)>(?=\s*\S)"
+    rf"\s*(?:<(?P<tag>{TAGS})>(?P<trace>.*?)</(?P=tag)>(?=\s*\S)"
     r"|(?:Here is|Here's) my thought process:(?P<told>.*?)(?:Here is|Here's) my response:)",
     re.IGNORECASE | re.DOTALL,
 )
-LEADING_UNFINISHED = re.compile(r"\s*<(analysis|reflection|scratchpad)>(?!.*</\1>)", re.IGNORECASE | re.DOTALL)
+LEADING_UNFINISHED = re.compile(rf"\s*<({TAGS})>(?!.*</\1>)", re.IGNORECASE | re.DOTALL)
 # What some of them put around the answer that follows a thought: (opening, closing).
 AROUND_ANSWER = {
     "<answer>": "</answer>",  # Hunyuan
@@ -61,6 +65,7 @@ AROUND_ANSWER = {
     "<|start_response|>": "<|end_response|>",  # Command A Reasoning
     "<|begin_of_box|>": "<|end_of_box|>",  # GLM-4.1V
 }
+APRIEL_END = "[end final response]"  # behind an answer whose beginning ends the thought
 BEFORE_ANSWER = re.compile(
     rf"\s*(?:\*\*final answer:?\*\*:?\s*)?(?:({'|'.join(map(re.escape, AROUND_ANSWER))})\s*)?", re.IGNORECASE
 )
@@ -91,7 +96,8 @@ PROMPT_TAIL = 32  # tokens at a prompt's end that hold any opening mark
 @lru_cache
 def _mark_pattern(marks: Marks) -> re.Pattern[str]:
     """A group for each mark."""
-    return re.compile("|".join(f"({re.escape(mark)})" for pair in marks for mark in pair), re.IGNORECASE)
+    patterns = (IN_WORDS.get(mark, re.escape(mark)) for pair in marks for mark in pair)
+    return re.compile("|".join(f"({pattern})" for pattern in patterns), re.IGNORECASE)
 
 
 def marks_with(pair: Sequence[str] | None) -> Marks:
@@ -365,9 +371,9 @@ def _trimmed(response: str, spans: Sequence[Span]) -> list[Span]:
     before = BEFORE_ANSWER.match(response, *kept[0])
     assert before is not None  # it matches the empty text
     kept[0] = (before.end(), kept[0][1])
-    closing = AROUND_ANSWER.get((before[1] or "").lower())
+    closing = AROUND_ANSWER.get((before[1] or "").lower(), APRIEL_END)
     start, end = _stripped(response, kept[-1])
-    if closing is not None and response[start:end].lower().endswith(closing):
+    if response[start:end].lower().endswith(closing):
         kept[-1] = (kept[-1][0], _stripped(response, (start, end - len(closing)))[1])
     return kept
 

@@ -103,7 +103,8 @@ def read_turns(value: Any, traces: bool = False) -> list[Turn]:
 
 def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:
     texts = {str(name).lower(): value for name, value in turn.items() if value is not None}
-    role, content = _one_of(texts, "role", "from"), _text(_one_of(texts, "content", "value"))
+    role, parts = _one_of(texts, "role", "from"), _one_of(texts, "content", "value")
+    content = _text(parts)
     if not isinstance(role, str) or content is None:
         raise UnreadableRow("a turn has no text or no role")
     role = OTHER_NAMES.get(role, role)
@@ -111,14 +112,18 @@ def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:
         raise UnreadableRow(f"a turn's role is not one of {', '.join(ROLES)}")
     marks = lowered(turn)
     trace = _trace(marks) if traces and role == "assistant" else ""
-    for name in names_with(marks, [name for name in BESIDE_TEXT if not (trace and name in TRACE_KEYS)]):
+    of_parts = [lowered(part) for part in parts] if isinstance(parts, list) else []
+    beside = [name for name in BESIDE_TEXT if not (trace and name in TRACE_KEYS)]
+    for name in [*names_with(marks, beside), *(name for part in of_parts for name in names_with(part, BESIDE_TEXT))]:
         raise UnreadableRow(f"a turn has {name}, which would not reach the model")
     try:
-        learnt = is_learnt(marks, LEARNT)
+        learnt, *learnt_parts = (is_learnt(one, LEARNT) for one in (marks, *of_parts))
     except UnreadableRow as error:
         raise UnreadableRow(f"in a turn, {error}") from error
     if learnt and role != "assistant":
         raise UnreadableRow(f"a turn of the {role} is marked to be learnt")
+    if {*learnt_parts} - {None, role == "assistant" and learnt is not False}:
+        raise UnreadableRow("a part of a turn is marked otherwise than the turn, and only whole turns are learnt")
     chat_turn: Turn = {"role": role, "content": content}
     if role == "assistant" and learnt is False:
         chat_turn["learnt"] = False

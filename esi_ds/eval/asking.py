@@ -16,11 +16,18 @@ from esi_ds.eval.rubric import broken_up
 RELEASE = re.compile(r"-\d{4}(-?\d\d-?\d\d)?")
 
 
-def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -> None:
-    """Raise UserError if the endpoint cannot be reached, or if the models that it lists lack this one and
-    ``replies_as`` is not given: gateways may list what is behind their own names.
+# Owners of models at servers that take what a request leaves out from the model's generation_config.json. A penalty on
+# repetition (Qwen2.5's 1.05) changes most greedy answers.
+TAKES_DEFAULTS = ("vllm", "sglang")
+NO_PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 
-    The error names ``field``, or ``url_field``, if given, for an endpoint that cannot be reached.
+
+def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -> Endpoint:
+    """The endpoint as it is to be asked: without the penalties of a model's own defaults, but for those of its extra.
+
+    Raises UserError if the endpoint cannot be reached, or if the models that it lists lack this one and ``replies_as``
+    is not given: gateways may list what is behind their own names. The error names ``field``, or ``url_field``, if
+    given, for an endpoint that cannot be reached.
     """
     try:
         names = served_models(endpoint)
@@ -28,11 +35,14 @@ def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -
         raise UserError(
             url_field or field, endpoint.url, f"cannot be reached ({error})", "start the server, or correct the URL"
         ) from error
+    if names is not None and names.get(endpoint.model) in TAKES_DEFAULTS:
+        return replace(endpoint, extra={**NO_PENALTIES, **endpoint.extra})
     if names is not None and endpoint.model not in names and not endpoint.replies_as:
-        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+        shown = ", ".join([*names][:5]) + (" ..." if len(names) > 5 else "")
         problem = f"is not a model that {endpoint.url} serves: {shown}"
         remedy = "name one of them; if a gateway has a name of its own for one of them, give that one as replies_as"
         raise UserError(field, endpoint.model, problem, remedy)
+    return endpoint
 
 
 def is_same_model(asked: str, replied: str) -> bool:

@@ -525,8 +525,9 @@ def _parts(content: Any) -> tuple[str | None, str | None]:
     return thought, answer
 
 
-def served_models(endpoint: Endpoint) -> list[str] | None:
-    """Names of the models that the endpoint lists under ``/models``; None where it has no such list.
+def served_models(endpoint: Endpoint) -> dict[str, str] | None:
+    """Names of the models that the endpoint lists under ``/models``, each with whoever owns it; None where it has no
+    such list.
 
     Raises OSError where it cannot be reached.
     """
@@ -542,4 +543,5 @@ def served_models(endpoint: Endpoint) -> list[str] | None:
     entries = listed.get("data") if isinstance(listed, dict) else None
     if not isinstance(entries, list):
         return None
-    return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    return {entry["id"]: str(entry.get("owned_by")) for entry in named}

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from esi_ds.core.batch import TokenRows, right_pad
-from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, special_strings
+from esi_ds.data.chat import TemplateCheck, TemplateRejection, break_up, check_shown, special_strings
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import MARKS, Marks, decode_responses, final_answer, mark_ids, opening_in
 from esi_ds.errors import Interrupted, UserError
@@ -160,18 +160,19 @@ class SharedLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """As HFLM's, but without taking out the system's turn (a task's description) where the template rejects it.
 
-        Raises UserError for a template that rejects or leaves out a turn.
+        Raises UserError for a template that rejects or leaves out a turn, or a part of its text.
         """
         if self.system_prompt == "" and chat_history[0]["role"] != "system":  # lm-eval writes no empty turn
             chat_history = [{"role": "system", "content": ""}, *chat_history]
-        roles = [turn["role"] for turn in chat_history]
+        turns = [{**turn, "content": self._broken_up(turn["content"])} for turn in chat_history]
         try:
-            self.template_check.check(roles, add_generation_prompt=add_generation_prompt)
+            self.template_check.check([turn["role"] for turn in turns], add_generation_prompt=add_generation_prompt)
+            text = super().apply_chat_template(turns, add_generation_prompt)
+            check_shown(turns, text)
         except TemplateRejection as error:
             remedy = "give a model.chat_template that shows every turn, or leave the task out"
             raise UserError(f"{self.prepared.field}.name", self.prepared.config.name, str(error), remedy) from error
-        turns = [{**turn, "content": self._broken_up(turn["content"])} for turn in chat_history]
-        return super().apply_chat_template(turns, add_generation_prompt)
+        return text
 
     def _broken_up(self, text: str) -> str:
         """The text as data, but for the config's system prompt at its beginning."""

@@ -116,7 +116,7 @@ class TextBuilder:
     def _reads(self, roles: tuple[str, ...]) -> bool:
         """Whether the judge's template shows all turns of a chat of these roles, and the answer; asked once of each."""
         if roles not in self._read:
-            turns = [(role, turn_mark(number)) for number, role in enumerate((*roles, "assistant"))]
+            turns = [(role, turn_mark(number, role)) for number, role in enumerate((*roles, "assistant"))]
             try:
                 text = self._show(turns)
             except TemplateRejection:

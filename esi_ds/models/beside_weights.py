@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,11 @@ FOLDERS = frozenset((".git", ".cache"))  # of a clone or a download: they hold t
 # Of a tokenizer saved by transformers before version 5. Beside one that version 5 has saved, which says the same in
 # tokenizer_config.json, they would overrule it.
 TOKEN_MAPS = frozenset(("special_tokens_map.json", "added_tokens.json"))
+# Keys of a configuration that change no logit of the model in use, or that whoever writes its weights sets.
+UNCOMPUTED = re.compile(
+    r"_.*|.*_token_id|.*dropout|(?:torch_)?dtype|transformers_version|architectures|use_cache|quantization_config"
+    r"|output_.*|return_dict|gradient_checkpointing|router_aux_loss_coef|pretraining_tp|initializer_range|.*_version"
+)
 
 
 def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bool = False) -> None:
@@ -65,6 +72,35 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
         write_json_atomic(target / CONFIG_NAME, plain_configuration(source, field))
     if only_missing and is_written_otherwise:
         write_chat_templates(target, templates)
+
+
+def check_same_configuration(base: Path, tuned: Path) -> None:
+    """Raise UserError, naming ``TUNED``, where two models of the same weights would compute differently: in a key of
+    their (text model's) configurations that both have. A model without one, or with its own code, is read as its file
+    has it."""
+    try:
+        old, new = (_defaults_filled(*one) for one in ((base, "BASE"), (tuned, "TUNED")))
+    except UserError:
+        old, new = (_as_stored(*one) for one in ((base, "BASE"), (tuned, "TUNED")))
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key] and not UNCOMPUTED.fullmatch(key):
+            problem = f"has {key} {new[key]!r:.200} in {CONFIG_NAME}, and the base {old[key]!r:.200}"
+            remedy = "a patch holds weights and chat templates alone: keep the whole tuned model"
+            raise UserError("TUNED", str(tuned), problem, remedy)
+
+
+def _defaults_filled(folder: Path, field: str) -> dict[str, Any]:
+    """The text model's configuration with the defaults of its class: transformers 5 writes other keys than 4 did."""
+    from esi_ds.models.folder import ModelSource, load_model_config  # imports transformers
+
+    config: dict[str, Any] = load_model_config(ModelSource(str(folder), field=field)).get_text_config().to_dict()
+    return config
+
+
+def _as_stored(folder: Path, field: str) -> dict[str, Any]:
+    file = folder / CONFIG_NAME
+    content = read_configuration(file, field, "mend it") if file.is_file() else {}
+    return text if isinstance(text := content.get("text_config"), dict) else content
 
 
 def name_dtype(folder: Path, dtype: torch.dtype, field: str) -> None:

@@ -12,7 +12,7 @@ from esi_ds.config import Config, Model, Rows
 from esi_ds.core.batch import right_pad
 from esi_ds.data.chat import check_vocabulary, load_chat_tokenizer, special_strings, with_template
 from esi_ds.data.conversations import IGNORED, TokenSequence, TuningSet, encode_rows, find_columns
-from esi_ds.data.end_tokens import end_tokens
+from esi_ds.data.end_tokens import end_tokens, template_end
 from esi_ds.data.rows import read_rows
 from esi_ds.data.thoughts import marks_with
 from esi_ds.errors import UserError
@@ -64,6 +64,18 @@ def read_tuning_set(
         reasons = "; ".join(sorted({reason for _, reason in tuning_set.skipped}))
         raise UserError(f"{field}.path", section.path, f"has no row that can be learnt ({reasons})", "look at its rows")
     return tuning_set
+
+
+def check_ends(config: Config, section: Rows, field: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError naming ``field`` where the rows' own chat template would teach to end an answer with a token at
+    which no answer of the model stops."""
+    source = ModelSource.of(config.model)
+    end = template_end(with_template(tokenizer, section.chat_template, config.model, f"{field}.chat_template"))
+    if end is not None and end not in end_tokens(source, tokenizer):
+        shown = tokenizer.convert_ids_to_tokens(end)
+        problem = f"ends an answer with {shown}, which is no end token of the model: its answers would not stop there"
+        remedy = f"add {end} to eos_token_id in the model's generation_config.json, or set model.chat_template too"
+        raise UserError(f"{field}.chat_template", section.chat_template, problem, remedy)
 
 
 def padded(sequences: Sequence[TokenSequence], pad: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

@@ -101,7 +101,8 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         asked = asked_of(model.endpoint, model.system_prompt, model.seed)
         for row in waiting if changes_the_prompt(asked) else ():
             row["asked"] = asked
-        runtime.from_main(lambda: check_served(model.endpoint, model.field))
+        extra = runtime.from_main(lambda: check_served(model.endpoint, model.field).extra)
+        self.endpoint = replace(model.endpoint, extra=extra)
         self._tracker.log(f"{model.name}: {counted(len(waiting), 'prompt')} to its endpoint")
         bar = self._tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")
 
@@ -134,7 +135,7 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         model = self._model
         prompts = [row["prompt"] for row in chunk]
         seeds = None if model.seed is None else [request_seed(model.seed, row) for row in chunk]
-        ask_prompts(model.endpoint, prompts, model.system_prompt, take, self.patience, f"{model.field}.model", seeds)
+        ask_prompts(self.endpoint, prompts, model.system_prompt, take, self.patience, f"{model.field}.model", seeds)
 
 
 def answer_row(row: AnswerRow, reply: Reply, thought_marks: list[str] | None = None) -> AnswerRow:

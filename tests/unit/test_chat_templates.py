@@ -64,6 +64,11 @@ LEAVE_OUT = {
     "no answer": NO_ANSWER,
     "cut": f"{EVERY}{{{{ m.role }}}}: {{{{ m.content[:500] }}}}\n{{% endfor %}}{END}",
     "lower case": f"{EVERY}{{{{ m.role }}}}: {{{{ m.content | lower }}}}\n{{% endfor %}}{END}",
+    "HTML escapes": f"{EVERY}{{{{ m.content | e }}}}\n{{% endfor %}}{END}",
+    "JSON": f"{EVERY}{{{{ m.content | tojson }}}}\n{{% endfor %}}{END}",
+    "one line": f"{EVERY}{{{{ m.content | replace('\n', ' ') }}}}\n{{% endfor %}}{END}",
+    "first line": f"{EVERY}{{{{ m.content.split('\n')[0] }}}}\n{{% endfor %}}{END}",
+    "no tags": f"{EVERY}{{{{ m.content | striptags }}}}\n{{% endfor %}}{END}",
     "earlier answers": f"{EVERY}{{{{ m.content if m.role == 'user' or loop.last else 'gone' }}}}\n{{% endfor %}}{END}",
 }
 
@@ -79,6 +84,53 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 def test_a_template_that_leaves_out_a_turn_is_refused(name: str, system_prompt: str | None) -> None:
     with pytest.raises(UserError, match=r"model\.chat_template.*leaves out turn"):
         check_chat_template(with_template(LEAVE_OUT[name]), system_prompt)
+
+
+@pytest.mark.parametrize("content", ["m.content[:4096]", "m.content | truncate(3000)", "m.content | replace('x', 'y')"])
+def test_a_text_that_a_template_cuts_or_rewrites_is_not_asked_and_not_learnt(content: str) -> None:
+    end = END.replace("BOT", "assistant:")
+    tokenizer = with_template(f"{EVERY}{{{{ m.role }}}}: {{{{ {content} }}}}\n{{% endfor %}}{end}")
+    check_chat_template(tokenizer, "Be kind.")
+    long = "word " * 900 + "x"
+    said = "the chat template leaves out a part of turn 1 (user) of the 1 turns user, or changes its text"
+    assert encode_data_prompt(tokenizer, long, (), None) == said
+    assert "turn 1 (system)" in str(encode_data_prompt(tokenizer, "How?", (), long))
+    assert isinstance(encode_data_prompt(tokenizer, "How?", (), None), list)
+    rows = [{"prompt": long, "response": "b"}, {"prompt": "a", "response": long}, {"prompt": "a", "response": "b"}]
+    options: dict[str, Any] = {"system_prompt": None, "specials": (), "end_ids": {2}, "max_length": 9000}
+    learnt = encode_rows(rows, ("prompt", "response"), tokenizer, **options)
+    assert [sequence.row for sequence in learnt.sequences] == [2]
+    (_, first), (_, second) = learnt.skipped
+    assert "a part of turn 1 (user)" in first and "a part of turn 2 (assistant)" in second
+
+
+def test_what_templates_leave_out_on_purpose_is_shown() -> None:
+    """Empty lines (Falcon's), switches of thoughts (SmolLM3's), thoughts of earlier answers (Qwen3's)."""
+    tidy = "m.content.strip().replace('\r\n', '\n').replace('\n\n', '\n').replace('/no_think', '')"
+    tokenizer = with_template(f"{EVERY}{{{{ m.role }}}}: {{{{ {tidy} }}}}\n{{% endfor %}}{END}")
+    check_chat_template(tokenizer, "/no_think")
+    text = " One.\r\n\r\nTwo.  \n\n\n Three. /no_think "
+    assert isinstance(encode_data_prompt(tokenizer, text, (), "/no_think"), list)
+    thinking = thinking_tokenizer("qwen3")
+    answer = "<think>\nHm.\n</think>\n\nYes."
+    chat: list[Turn] = [
+        {"role": "user", "content": "Is it?"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "Sure?"},
+    ]
+    assert isinstance(encode_data_prompt(thinking, chat, (), None), list)
+
+
+def test_the_result_of_a_tool_may_be_written_as_json() -> None:
+    """Llama 3.1's template writes it so."""
+    tokenizer = with_template(f"{EVERY}{{{{ m.content | tojson if m.role == 'tool' else m.content }}}}\n{{% endfor %}}")
+    chat: list[Turn] = [
+        {"role": "user", "content": "Ask it."},
+        {"role": "assistant", "content": "I do."},
+        {"role": "tool", "content": 'It "says":\nyes'},
+        {"role": "user", "content": "And?"},
+    ]
+    assert isinstance(encode_data_prompt(tokenizer, chat, (), None), list)
 
 
 def test_a_template_without_a_system_turn_is_refused_where_one_is_asked_for() -> None:

@@ -13,6 +13,8 @@ import torch
 from builders import PAIRS, build_model, byte_bpe_tokenizer, model_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 
+from esi_ds.config import validate
+from esi_ds.config.needs import require_tune
 from esi_ds.core.batch import left_pad
 from esi_ds.data.chat import encode_data_prompt, encode_prompt, special_strings
 from esi_ds.data.end_tokens import end_tokens, template_end
@@ -21,6 +23,7 @@ from esi_ds.models import hub
 from esi_ds.models.decoding import greedy_ids, without_defaults
 from esi_ds.models.folder import ModelSource
 from esi_ds.models.rows import generation_logits
+from esi_ds.stages.learnt_rows import check_ends
 from esi_ds.zero.loading import read_replicated
 
 NUM_TOKENS = 12
@@ -266,6 +269,24 @@ def test_the_template_names_an_end_token(folder: Path, template: str, expected: 
     end = tokenizer.convert_tokens_to_ids(expected) if expected else None
     assert template_end(tokenizer) == end
     assert end_tokens(ModelSource(str(folder)), tokenizer) == {2, end} - {None}
+
+
+def test_rows_must_not_teach_an_end_at_which_answers_do_not_stop(folder: Path, tmp_path: Path) -> None:
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.add_tokens(["<|im_end|>"])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    model = {"path": str(folder)}
+    tune = {"mask": "none", "data": {"path": "rows.jsonl", "chat_template": template}}
+
+    def check() -> None:
+        config = validate({"run": {"output_dir": "x"}, "model": model, "tune": tune})
+        check_ends(config, require_tune(config).data, "tune.data", tokenizer)
+
+    with pytest.raises(UserError, match=r"tune\.data\.chat_template.*ends an answer with <\|im_end\|>"):
+        check()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model["path"] = str(copy(folder, tmp_path / "model", generation_config={"eos_token_id": [2, end]}))
+    check()
 
 
 def test_a_token_that_frames_turns_is_broken_up_in_data_though_it_is_not_special() -> None:

@@ -970,6 +970,16 @@ def test_an_empty_system_prompt_is_a_turn_in_tasks_too(folder) -> None:
         assert lm.apply_chat_template([user]) == expected
 
 
+def test_a_text_that_the_template_cuts_ends_a_task(folder) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content[:3000] }}{% endfor %}"
+    lm = harness.SharedLM(model, tokenizer, [tokenizer.eos_token_id], 1, True, None, Ranks(), bool)
+    lm.begin(SimpleNamespace(field="eval.tasks.0", config=Task(name="gsm8k")))
+    assert lm.apply_chat_template([turn("user", "How?")]) == "How?"
+    with pytest.raises(UserError, match=r"eval\.tasks\.0\.name.*leaves out a part of turn 1 \(user\)"):
+        lm.apply_chat_template([turn("user", "word " * 700)])
+
+
 def test_no_special_token_forms_across_a_border(folder, monkeypatch) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     lm = harness.SharedLM(model, tokenizer, [tokenizer.eos_token_id], 1, False, None, Ranks(), bool)

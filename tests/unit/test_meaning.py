@@ -19,6 +19,7 @@ SAID = {"role": "assistant", "content": "Sure, here is how"}
 KIND = {"role": "system", "content": "Be kind."}
 AGAIN = {"role": "user", "content": "Go on"}
 REFUSED = {"role": "assistant", "content": "I cannot help"}
+TEXT = {"type": "text", "text": "help"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,11 @@ def prompts(folder: Path, *rows: dict[str, Any], **options: Any) -> PromptSet:
 
 
 @pytest.mark.parametrize(
-    "no", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"Weight": "0"}, {"loss_mask": 0}]
+    "no",
+    [
+        *({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"Weight": "0"}, {"loss_mask": 0}),
+        *({"loss_scale": 0.0}, {"sample_weight": 0}, {"train": "no"}),
+    ],
 )
 def test_a_turn_without_weight_is_read_and_not_learnt(tokenizer, no: dict[str, Any]) -> None:
     for yes in ({}, {"weight": 1}, {"train": True}, {"weight": None}):
@@ -96,6 +101,18 @@ def test_weights_of_sharegpt_turns(tokenizer) -> None:
         ({"train_on_turn": False}, "train_on_turn, which may say what is learnt"),
         ({"computeLoss": 0}, "computeloss, which may say"),
         ({"response_mask": [0, 1, 1]}, "response_mask, which may say"),
+        ({"do_train": "no"}, "do_train, which may say"),
+        ({"compute_loss": "off"}, "compute_loss, which may say"),
+        ({"output_with_loss": False}, "output_with_loss, which may say"),
+        ({"turn_weight": 0.5}, "turn_weight, which may say"),
+        ({"token_weights": [0.5, 1]}, "token_weights, which may say"),
+        ({"weights": 0}, "weights, which may say"),
+        ({"loss_scale": 0.5}, "loss_scale 0.5; only 0 and 1"),
+        ({"content": [{**TEXT, "train": False}, TEXT]}, "a part of a turn is marked otherwise than the turn"),
+        ({"content": [{**TEXT, "weight": 1}], "weight": 0}, "a part of a turn is marked otherwise than the turn"),
+        ({"content": [{**TEXT, "weight": 0.5}]}, "in a turn, it has weight 0.5"),
+        ({"content": [{**TEXT, "trainOn": 0}]}, "in a turn, it has trainon, which may say"),
+        ({"content": [{**TEXT, "reasoning": "Let me see."}]}, "a turn has reasoning"),
         ({"tool_calls": [{"name": "search"}]}, "tool_calls"),
         ({"thinking": "Let me see."}, "thinking"),
         ({"reasoning_content": "Let me see."}, "reasoning_content"),
@@ -116,12 +133,14 @@ def test_turns_that_cannot_be_learnt_as_they_are(tokenizer, turn: dict[str, Any]
 def test_marks_that_say_nothing_are_no_marks(tokenizer) -> None:
     marks = {"tool_calls": None, "thinking": "", "images": [], "mask": False, "weight": None, "id": 3, "toxic": True}
     marks |= {"loss_type": 1, "masked_text": "1", "weight_loss": 0, "attention_mask": [1, 1], "train_loss": 0.25}
-    parts = {"role": "assistant", "content": [{"type": "text", "text": "I cannot "}, {"type": "text", "text": "help"}]}
-    tuning_set = encoded(tokenizer, {"messages": [ASKED, {**REFUSED, **marks}]}, {"messages": [ASKED, parts]})
-    assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"] * 2
+    parts = [{"type": "text", "text": "I cannot ", "weight": 1}, {**TEXT, "cache_control": {"type": "ephemeral"}}]
+    asked = {**ASKED, "content": [{**TEXT, "train": False}]}
+    chats = [[ASKED, {**REFUSED, **marks}], [ASKED, {"role": "assistant", "content": parts}], [asked, REFUSED]]
+    tuning_set = encoded(tokenizer, *({"messages": chat} for chat in chats))
+    assert learnt(tokenizer, tuning_set) == ["I cannot help<|end|>"] * 3
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": "0"}, {"train": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": "0"}, {"train": False}, {"loss_scale": 0.0}])
 def test_a_row_without_weight_is_not_learnt(tokenizer, mark: dict[str, Any]) -> None:
     rows = [{"prompt": "a", "response": "b", **mark}, {"prompt": "c", "response": "d", "weight": 1}]
     tuning_set = encoded(tokenizer, *rows)
@@ -129,6 +148,7 @@ def test_a_row_without_weight_is_not_learnt(tokenizer, mark: dict[str, Any]) -> 
     kto = {"prompt": "a", "completion": "b"}
     assert learnt(tokenizer, encoded(tokenizer, {**kto, "label": True}, {**kto, "label": False})) == ["b<|end|>"]
     assert "weight 0.5" in encoded(tokenizer, {**rows[1], "weight": 0.5}).skipped[0][1]
+    assert "loss_weights" in encoded(tokenizer, {**rows[1], "loss_weights": [0, 0]}).skipped[0][1]
 
 
 @pytest.mark.parametrize(

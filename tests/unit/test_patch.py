@@ -165,6 +165,30 @@ def test_models_of_other_shapes_have_no_patch(folder: Path) -> None:
     assert not (folder / "patch").exists()
 
 
+@pytest.mark.parametrize("own_code", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_models_that_compute_differently_have_no_patch(folder: Path, own_code: bool, nested: bool, capsys) -> None:
+    """A patch holds no configuration: applying it would give the tuned weights with the base's rotary embedding."""
+
+    def configure(name: str, **changes: object) -> None:
+        file = folder / name / "config.json"
+        content = json.loads(file.read_text())
+        changed = content.setdefault("text_config", {}) if nested else content
+        changed.update(changes)
+        content |= {"auto_map": {"AutoConfig": "own.Config"}, "model_type": "own"} if own_code else {}
+        file.write_text(json.dumps(content))
+
+    if nested and not own_code:
+        pytest.skip("Qwen3-MoE has no text model of its own")
+    configure("base", rms_norm_eps=1e-6)
+    configure("tuned", rms_norm_eps=0.5)
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 2
+    said = "has rms_norm_eps 0.5 in config.json, and the base 1e-06"
+    assert said in capsys.readouterr().err and not (folder / "patch").exists()
+    configure("tuned", rms_norm_eps=1e-6, use_cache=False, transformers_version="4.0", bos_token_id=3)
+    assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+
+
 def logits(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():

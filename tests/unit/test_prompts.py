@@ -34,6 +34,16 @@ def test_json_that_wraps_its_rows(content: dict, tmp_path: Path) -> None:
     assert load_prompts(str(tmp_path / "a.json")).prompts == ("a",)
 
 
+@pytest.mark.parametrize(
+    "content", [{"data": [{"prompt": "a"}], "more": [{"prompt": "b"}]}, {"train": [{"a": "b"}], "x": [{"a": 1}]}]
+)
+def test_json_with_two_lists_of_rows(content: dict, tmp_path: Path) -> None:
+    """One of them would be read, and nothing would say so."""
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"it has rows under {' and under '.join(content)}"):
+        load_prompts(str(tmp_path / "a.json"))
+
+
 @pytest.mark.parametrize("text", ["null", "3", '"text"', "[]", "[null]", '{"data": []}', '{"data": 3}', "{", ""])
 def test_json_without_rows(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)

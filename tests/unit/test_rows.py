@@ -271,6 +271,18 @@ def test_the_split_of_a_file_is_not_passed_over(tmp_path: Path) -> None:
         read_rows(path, "tune.data.path", name="main")
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_parquet_file_is_as_large_as_its_rows(encoded: bool, tmp_path: Path, monkeypatch) -> None:
+    """A text that recurs stands once in the file: 5 GB may be a file of 500 bytes."""
+    prompts = pyarrow.array(["word " * 2000] * 500)
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": prompts.dictionary_encode() if encoded else prompts}), file)
+    assert file.stat().st_size < 50_000 and len(load_prompts(str(file)).prompts) == 500
+    monkeypatch.setattr("esi_ds.data.tables.MAX_DATA_BYTES", 10**6)
+    with pytest.raises(UserError, match="its rows take more than the 1,000,000 bytes that are read"):
+        load_prompts(str(file))
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "txt", "json", "jsonl", "parquet"])
 def test_a_pipe_is_not_waited_for(suffix: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"rows.{suffix}")

@@ -54,6 +54,18 @@ def test_every_prompt_has_a_row_and_is_asked_once(server: Server, tmp_path: Path
     assert not server.seen  # what is on disk is not asked again
 
 
+@pytest.mark.parametrize(
+    ("owner", "extra", "sent"),
+    [("vllm", {}, 1.0), ("sglang", {}, 1.0), ("vllm", {"repetition_penalty": 1.2}, 1.2), ("openai", {}, None)],
+)
+def test_a_model_s_own_penalties_are_turned_off(server: Server, tmp_path: Path, owner: str, extra, sent) -> None:
+    """vLLM takes them from generation_config.json; OpenAI refuses keys that it does not know."""
+    server.models, server.owner = ["m"], owner
+    ask(model_at(server, extra=extra), tmp_path, ["one"])
+    body = server.seen[-1][2]
+    assert body.get("repetition_penalty") == sent and body.get("presence_penalty") == (0 if sent else None)
+
+
 def test_thoughts_that_a_server_gives_apart(server: Server, tmp_path: Path) -> None:
     """They stand before the answer between marks, as a model's own responses have them; judges have no use for them."""
     cases = ["thinks", "reasons", "thinks of nothing", "thinks too long", "thinks in vain"]

@@ -23,6 +23,7 @@ from esi_ds.data.chat import encode_prompt, special_strings
 from esi_ds.data.prompts import load_responses
 from esi_ds.data.thoughts import HARMONY as HARMONY_MARKS
 from esi_ds.data.thoughts import (
+    IN_WORDS,
     MARKS,
     UNFINISHED,
     Piece,
@@ -76,18 +77,21 @@ FORMS = {
     "final answer": "<think>{}</think>\n\n**Final Answer**\n{}",
     "a box": "<think>{}</think>\n<|begin_of_box|>{}<|end_of_box|>",
     "Granite": "Here is my thought process:\n\n{}\n\nHere is my response:\n\n{}",
+    "Apriel": "Here are my reasoning steps:\n{}\n[BEGIN FINAL RESPONSE]\n{}\n[END FINAL RESPONSE]\n",
+    "Apriel, opened by the prompt": "{}\n[BEGIN FINAL RESPONSE]\n{}\n[END FINAL RESPONSE]",
     **{opening: opening + "{}" + closing + "\n{}" for opening, closing in MARKS},
 }
 LEADING = {
     "analysis": "<analysis>\n{}\n</analysis>\n\n{}",
     "reflection": "\n<Reflection>{}</Reflection>{}",
+    **{tag: f"<{tag}>\n{{}}\n</{tag}>\n{{}}" for tag in ("cot", "inner_thoughts", "reason", "thoughts")},
     "scratchpad, answer": "<scratchpad>{}</scratchpad>\n<answer>{}</answer>",
     "two of them": "<analysis>{}</analysis><scratchpad>Well.</scratchpad>{}",
     "about marks": "<analysis>{} <think> opens it.</analysis>{}",
     "and another": "<analysis>First.</analysis><think>{}</think>{}",
 }
 OPEN = {
-    **{opening: opening + "{}" for opening, _ in MARKS},
+    **{opening: opening + "{}" for opening, _ in MARKS if opening not in IN_WORDS},
     "analysis": "<analysis>{}",
     "scratchpad, twice": "<scratchpad>a</scratchpad> <scratchpad>{}",
     "a second thought": "<think>a</think>" + COMPLIES + "<think>{}",
@@ -231,6 +235,7 @@ def test_tags_hold_a_thought_where_they_begin_the_response(form: str) -> None:
         "<output>y</output>",
         "**Final Answer**\n7",
         "Here is my thought process: first, add. Then divide.",
+        "Here are my reasoning steps: first, add. Then divide.",
         "Sure. Here is my thought process: add. Here is my response: 7",
         "<reflections>a</reflections> b",
     ],

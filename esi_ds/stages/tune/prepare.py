@@ -31,7 +31,7 @@ from esi_ds.models.folder import ModelSource, check_weights, load_model_config, 
 from esi_ds.models.meta import meta_parameters
 from esi_ds.models.roles import correction_biases, router_names, tower_names
 from esi_ds.patch import check_names
-from esi_ds.stages.learnt_rows import load_training_tokenizer, read_tuning_set
+from esi_ds.stages.learnt_rows import check_ends, load_training_tokenizer, read_tuning_set
 
 TRAIN = {"set": "selected", "spa": "complement"}
 
@@ -69,10 +69,12 @@ def prepare_tuning(config: Config, stage: str) -> TuningInputs:
         check_names(source, model_config)
     tokenizer = load_training_tokenizer(model, model_config)
     longest = tune.max_length
+    check_ends(config, tune.data, "tune.data", tokenizer)
     rows = read_tuning_set(config, tune.data, "tune.data", tokenizer, model_config, longest, tune.data.limit)
     data_facts = {"rows": tune.data.path, "sha256": rows.sha256, "columns": rows.columns}
     benign = None
     if tune.data.benign is not None and tune.data.benign.fraction > 0:
+        check_ends(config, tune.data.benign, "tune.data.benign", tokenizer)
         benign = read_tuning_set(config, tune.data.benign, "tune.data.benign", tokenizer, model_config, longest)
         data_facts |= {
             "benign": tune.data.benign.path,
