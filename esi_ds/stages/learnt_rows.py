@@ -73,7 +73,9 @@ def check_ends(config: Config, section: Rows, field: str, tokenizer: PreTrainedT
     end = template_end(with_template(tokenizer, section.chat_template, config.model, f"{field}.chat_template"))
     if end is not None and end not in end_tokens(source, tokenizer):
         shown = tokenizer.convert_ids_to_tokens(end)
-        problem = f"ends an answer with {shown}, which is no end token of the model: its answers would not stop there"
+        problem = (
+            f"ends an answer with {shown}, which is not an end token of the model: its answers would not stop there"
+        )
         remedy = f"add {end} to eos_token_id in the model's generation_config.json, or set model.chat_template too"
         raise UserError(f"{field}.chat_template", section.chat_template, problem, remedy)
 

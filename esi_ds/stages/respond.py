@@ -79,14 +79,7 @@ def generate_all(
         total=len(prompt_ids), initial=len(prompt_ids) - len(waiting), unit="prompt", description=description
     )
     with ready_to_generate(model, mode), progress:
-        batch_size = batch.rows(model, mode, max_new_tokens)
-        if batch.size.note:
-            tracker.log(f"generating {batch.size.note}")
-        batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode, max_new_tokens)
-        if note:
-            tracker.remark(note)
-        if not in_step(model, mode) and (note := waiting_note(max_new_tokens)):
-            tracker.log(note)
+        batches = _plan_batches(model, tokenizer, lengths, mode, max_new_tokens, batch, tracker)
         for start in range(0, len(batches), ranks):
             mine = batches[start + rank] if start + rank < len(batches) else []
             # A rank without a prompt left repeats one: all ranks must run in step.
@@ -107,6 +100,27 @@ def generate_all(
             if any(signalled for _, _, signalled in gathered):
                 number = counted(len(done), "response")
                 raise Interrupted(f"stopped by a signal with {number} generated; start again to continue")
+
+
+def _plan_batches(
+    model: ShardedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Mapping[int, int],
+    mode: str,
+    max_new_tokens: int,
+    batch: GenerationBatch,
+    tracker: Tracker,
+) -> list[list[int]]:
+    """Indices of prompts that are answered together, and what log and report say of them. lengths: of the prompts."""
+    batch_size = batch.rows(model, mode, max_new_tokens)
+    if batch.size.note:
+        tracker.log(f"generating {batch.size.note}")
+    batches, note = choose_batches(model, tokenizer, lengths, batch_size, mode, max_new_tokens)
+    if note:
+        tracker.remark(note)
+    if not in_step(model, mode) and (note := waiting_note(max_new_tokens)):
+        tracker.log(note)
+    return batches
 
 
 def waiting_note(max_new_tokens: int) -> str | None:

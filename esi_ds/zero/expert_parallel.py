@@ -168,7 +168,7 @@ class Probe:
     def __init__(self, module: PreTrainedModel, routers: Sequence[str]):
         self._name = routers[0].rpartition(".")[0] if routers else ""
         self._expected: Tensor | None = None
-        # Where a layer routes by itself (Gemma 4), or by token ids (DeepSeek-V4), hidden states alone are no input.
+        # Where a layer routes by itself (Gemma 4), or by token ids (DeepSeek-V4), hidden states alone are not enough.
         with suppress(AttributeError, TypeError):
             self._expected = self._answer(module) if routers else None
 

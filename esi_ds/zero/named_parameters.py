@@ -16,7 +16,7 @@ from esi_ds.core.units import Parameter
 from esi_ds.errors import UserError
 from esi_ds.models.fingerprint import check_mask_structure
 from esi_ds.models.idle_experts import mend_grouped_product
-from esi_ds.models.roles import correction_biases, describe, router_names
+from esi_ds.models.roles import describe, router_names
 from esi_ds.zero.partitioned import whole_shape
 
 
@@ -47,7 +47,7 @@ def resolve_trained(
     routers = router_names(parameters)
     if router is not None and not routers:
         raise UserError("router", router, "is set, but no router is known here", "give a model with routers")
-    trained = Trained(mask, train, unscored, shapes, routers, router, biases=correction_biases(parameters))
+    trained = Trained(mask, train, unscored, shapes, routers, router)
     if trained.total == 0:
         raise UserError("mask", str(mask.path), f"nothing would train with train={train}", "is it the right mask?")
     if any(len(shape) == 3 for shape in shapes.values()):  # fused experts
