@@ -229,11 +229,12 @@ def _launcher() -> tuple[psutil.Process | None, list[str]]:
 def join() -> LaunchEnvironment:
     """``read``, then set torch's variables to match: rank, size, their local ones, the address and port of rank 0.
 
-    Under MPI one broadcast and one gather of mpi4py's; otherwise no communication. Raises UserError if the address or
-    the port of rank 0 is not known or is none.
+    Under MPI one broadcast and one gather of mpi4py's; otherwise no communication. Raises UserError if the address of
+    rank 0 is not known, or its port is not one, and what ``read`` and mpi4py refuse.
     """
     launch = read()
-    if launch.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's rank meets its agent there
+    # torchrun's one rank meets its agent where that says.
+    if launch.world_size == 1 and (launch == ALONE or "TORCHELASTIC_RUN_ID" not in os.environ):
         # Any other process alone meets nobody: what a site or an earlier job exported is not of this run, and two runs
         # in one Slurm step would derive the same port.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -248,7 +249,7 @@ def join() -> LaunchEnvironment:
         if name not in os.environ:
             remedy = "name the host of rank 0 and a free port"
             raise UserError(name, None, f"is not set, but WORLD_SIZE = {launch.world_size}", remedy)
-    text = os.environ["MASTER_PORT"]
+    text = os.environ["MASTER_PORT"].strip()
     if not (text.isdecimal() and 0 < int(text) < 65536):  # with 0 every rank would wait at a different port
         raise UserError("MASTER_PORT", text, "is not a port", "name a free port of rank 0's host, 1 to 65535")
     local_rank = launch.local_rank or 0
@@ -282,7 +283,7 @@ def _slurm_port() -> int:
     if first_port := re.match(r"\d+", reserved):
         return int(first_port[0])
     job, step = int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ["SLURM_STEP_ID"])
-    return FIRST_PORT + (job * 1009 + step) % NUM_PORTS  # jobs of successive numbers have a thousand steps each
+    return FIRST_PORT + (job * 1009 + step) % NUM_PORTS  # up to 15 successive jobs, 1,000 steps each
 
 
 def _ask_mpi(launch: LaunchEnvironment) -> tuple[LaunchEnvironment, str, int]:

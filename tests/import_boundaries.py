@@ -94,8 +94,9 @@ WITHOUT_TORCH = {
 def loaded_at_once(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes below one that run where its module is imported: functions wait, and type checkers are alone."""
     for child in ast.iter_child_nodes(node):
-        is_for_types = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
-        if not is_for_types and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            yield from (below for other in child.orelse for below in (other, *loaded_at_once(other)))
+        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield child
             yield from loaded_at_once(child)
 

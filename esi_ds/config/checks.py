@@ -91,21 +91,23 @@ def check_deepspeed_keys(deepspeed: Any) -> None:
 # What a chat template is given by whoever renders it.
 OF_THE_TEMPLATE = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template")
 BY_CONVERSATION = "the conversation sets it"
-# Keys of a request's body that ``extra`` may not set, and what does set them. Without max_tokens a server has its own.
-# Servers take what a template is given, too.
-OF_THE_REQUEST = dict.fromkeys((*OF_THE_TEMPLATE, "functions", "tool_choice", "function_call"), BY_CONVERSATION) | {
+TOOLS = ("functions", "tool_choice", "function_call")
+# Keys of a request's body that ``extra`` may not set, and what does set them. Servers take a template's, too.
+OF_THE_REQUEST = dict.fromkeys((*OF_THE_TEMPLATE, *TOOLS), BY_CONVERSATION) | {
     "model": "the key model sets it",
     "stream": "the reply is read whole",
     "echo": "the reply alone is read",
     **dict.fromkeys(("n", "best_of", "use_beam_search"), "one reply is read, greedy or sampled"),
     "max_tokens": "the key max_tokens, or eval.max_new_tokens, sets it",
 }
+# Those that null may leave out: without max_tokens a server has its own limit, and the others are not sent anyway.
+WITHOUT = {"max_tokens", *TOOLS, *OF_THE_TEMPLATE} - {"messages"}
 
 
 def check_extra(extra: Mapping[str, Any], field: str) -> None:
     """Raise UserError where ``extra`` would replace a part of the request that has another owner."""
     for key, value in extra.items():
-        if key in OF_THE_REQUEST and not (key == "max_tokens" and value is None):
+        if key in OF_THE_REQUEST and not (value is None and key in WITHOUT):
             raise UserError(f"{field}.{key}", value, f"cannot be set here: {OF_THE_REQUEST[key]}", "remove it")
     if isinstance(values := extra.get("chat_template_kwargs"), dict):
         check_template_kwargs(values, f"{field}.chat_template_kwargs")

@@ -18,8 +18,8 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
     remedy = "give a file, a mapping, or the name of a shipped file: zero3, zero3_offload, ..."
     with reading("deepspeed", name, remedy, "is not the name of a file"):
         path = Path(name)
-        own = next((file for file in (path, Path(f"{path}.json")) if file.is_file()), None)
-        file = own or shipped.deepspeed_file(name)
+        user_file = next((file for file in (path, Path(f"{path}.json")) if file.is_file()), None)
+        file = user_file or shipped.deepspeed_file(name)
     if file is None:
         raise UserError("deepspeed", name, "there is no such file", remedy)
     with reading("deepspeed", file, "fix it; see ds_configs/zero3.json", "is not valid JSON"):

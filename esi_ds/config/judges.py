@@ -101,7 +101,7 @@ class EvalModelJudge(Section):
 
 
 class EvalGuard(GuardModel, EvalModelJudge):
-    kind: Literal["guard"] = Field(description="The judge is a causal guard model.")
+    kind: Literal["guard"] = Field("guard", description="The judge is a causal guard model.")
 
 
 class EvalClassifier(ClassifierModel, EvalModelJudge):

@@ -161,8 +161,7 @@ def load_config(path: str, overrides: list[str], deepspeed_config: str | None = 
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "deepspeed" and deepspeed_config is not None:
-            problem = f"and --deepspeed_config {deepspeed_config} both say which DeepSpeed config to use"
-            raise UserError(key, value, problem, "give one of them")
+            raise UserError(key, value, f"contradicts --deepspeed_config {deepspeed_config}", "give one of them")
         if key.startswith("deepspeed.") and isinstance(file_name := raw.get("deepspeed", DEEPSPEED), str):
             raw["deepspeed"] = read_deepspeed_file(file_name)
         apply_override(raw, override)

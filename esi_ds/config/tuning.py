@@ -100,5 +100,7 @@ class Perturb(Section):
         None, description="The shares of the weights that get noise; null means as many as the mask holds."
     )
     seeds: Annotated[list[Seed], BeforeValidator(_list_of_number)] = Field(
-        [0, 1, 2], min_length=1, description="The seeds of the noise and of the random weights, one cell each."
+        [0, 1, 2],
+        min_length=1,
+        description="The seeds of the noise and of the random weights, one cell each: a number, or several.",
     )

@@ -334,7 +334,8 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     for name, value in marks.items():
         if name in (*names, *NOT_LEARNT):
             continue
-        if WEIGHT_MARK.fullmatch(name) or (LEARNING_MARK.fullmatch(name) and _is_yes_or_no(value)):
+        is_mark = _is_other_weight if WEIGHT_MARK.fullmatch(name) else _is_yes_or_no
+        if (WEIGHT_MARK.fullmatch(name) or LEARNING_MARK.fullmatch(name)) and is_mark(value):
             raise UnreadableRow(f"it has {name}, which may say what is learnt and is not read")
     return values.pop() if values else None
 
@@ -342,6 +343,17 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
 def _is_yes_or_no(value: Any) -> bool:
     """Whether a value is yes or no, or one of them for each token or turn."""
     return all(yes_or_no(part) is not None for part in (value if isinstance(value, list) else [value]))
+
+
+def _is_other_weight(value: Any) -> bool:
+    """Whether a value is a weight other than 1, or has one among those of its tokens or turns; text is not ("2 kg")."""
+    for part in value if isinstance(value, list) else [value]:
+        try:
+            if float(part) != 1:
+                return True
+        except (TypeError, ValueError):
+            continue
+    return False
 
 
 def unsafe_answer(row: Mapping[str, Any]) -> str | None:

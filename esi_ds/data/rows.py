@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from esi_ds.data.columns import ATTACKS, CHATS, HISTORY, QUESTIONS
+from esi_ds.data.columns import ATTACKS, CHATS, HISTORY, QUESTIONS, WHOLES
 from esi_ds.data.hub_sets import load_once
 from esi_ds.data.tables import read_data_text, read_parquet, read_table
 from esi_ds.errors import UserError
@@ -105,18 +105,17 @@ def _json_rows(text: str) -> list[Row]:
 def _wrapped_rows(content: dict[str, Any]) -> Any:
     """The rows of an object that is more than a list.
 
-    Raises ValueError where it has columns, or two lists of rows: of objects with a name in common, or under ``data``
-    and ``rows``.
+    Raises ValueError where it has columns, or two lists of rows: of objects that are alike, or under ``data`` and
+    ``rows``.
     """
     if _is_row(content):
         return [content]
-    if is_by_column(content):
+    named = {key: content[key] for key in ("data", "rows") if isinstance(content.get(key), list)}
+    if not named and is_by_column(content):
         raise ValueError("it holds columns: write a list of objects, one a row (in pandas, orient='records')")
     lists = {key: value for key, value in content.items() if isinstance(value, list) and _has_objects(value)}
-    named = {key: content[key] for key in ("data", "rows") if isinstance(content.get(key), list)}
     name, rows = next(iter((named or lists).items()), ("", []))
-    columns = set(rows[0]) if _has_objects(rows) else set()
-    others = [key for key in {**named, **lists} if key != name and (key in named or columns & set(lists[key][0]))]
+    others = [key for key in {**named, **lists} if key != name and (key in named or _are_alike(rows, lists[key]))]
     if others:
         raise ValueError(f"it has rows under {' and under '.join([name, *others])}: keep one list of them")
     if named or len(lists) == 1:
@@ -135,6 +134,16 @@ def is_by_column(content: dict[str, Any]) -> bool:
         or (isinstance(column, dict) and bool(column) and all(map(str.isdigit, column)))
         for column in columns
     )
+
+
+def _are_alike(rows: list[Any], others: list[Any]) -> bool:
+    """Whether the objects of another list may be rows too: they have the column of a question or a chat in common with
+    the rows, or the same names, which are not those of a turn."""
+    if not _has_objects(rows):
+        return False
+    names, other_names = ({name.strip().lower() for name in first} for first in (rows[0], others[0]))
+    shares_question = bool(names & other_names & {*QUESTIONS, *ATTACKS, *WHOLES})
+    return shares_question or (names == other_names and names.isdisjoint(("role", "from")))
 
 
 def _has_objects(values: list[Any]) -> bool:

@@ -112,14 +112,16 @@ def _read_turn(turn: dict[str, Any], traces: bool) -> Turn:
         raise UnreadableRow(f"a turn's role is not one of {', '.join(ROLES)}")
     marks = lowered(turn)
     trace = _trace(marks) if traces and role == "assistant" else ""
-    of_parts = [lowered(part) for part in parts] if isinstance(parts, list) else []
+    part_marks = [lowered(part) for part in parts] if isinstance(parts, list) else []
     beside = [name for name in BESIDE_TEXT if not (trace and name in TRACE_KEYS)]
-    for name in [*names_with(marks, beside), *(name for part in of_parts for name in names_with(part, BESIDE_TEXT))]:
+    for name in [*names_with(marks, beside), *(name for part in part_marks for name in names_with(part, BESIDE_TEXT))]:
         raise UnreadableRow(f"a turn has {name}, which would not reach the model")
     try:
-        learnt, *learnt_parts = (is_learnt(one, LEARNT) for one in (marks, *of_parts))
+        learnt, *learnt_parts = (is_learnt(each, LEARNT) for each in (marks, *part_marks))
     except UnreadableRow as error:
         raise UnreadableRow(f"in a turn, {error}") from error
+    if learnt is None and {*learnt_parts} == {False}:
+        learnt = False
     if learnt and role != "assistant":
         raise UnreadableRow(f"a turn of the {role} is marked to be learnt")
     if {*learnt_parts} - {None, role == "assistant" and learnt is not False}:

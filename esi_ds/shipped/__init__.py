@@ -50,12 +50,10 @@ def recipe(name: str, field: str = "--config") -> Path:
 def own_recipe(name: str) -> Path:
     """``recipe``, for a run. Raises UserError also where the working directory holds a changed copy of the recipe."""
     file = recipe(name)
-    copies = [Path("configs", file.relative_to(folder("configs")))]
-    # esi.yaml may be anybody's: several folders have a recipe of that name.
-    copies += [Path(file.name)] if [other.name for other in recipes().values()].count(file.name) == 1 else []
-    for copied in copies:
-        if copied.is_file() and copied.read_bytes() != file.read_bytes():
-            problem = f"is the name of a recipe, and {copied} here is a changed copy of it"
+    known = {other.read_bytes() for other in recipes().values()}  # esi.yaml may be that of another folder's recipe
+    for copied in (Path(file.name), Path("configs", file.relative_to(folder("configs")))):
+        if copied.is_file() and copied.read_bytes() not in known:
+            problem = f"is the name of a recipe, and {copied} here may be a changed copy of it"
             raise UserError("--config", name, problem, f"give --config {copied}, or start elsewhere")
     return file
 

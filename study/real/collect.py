@@ -1,4 +1,4 @@
-"""docs/results/real.json: figures of the finished cells, and which cells there are. One row a line."""
+"""real.json: figures of the finished cells, and which cells there are. One row a line."""
 
 from __future__ import annotations
 

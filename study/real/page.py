@@ -1,4 +1,4 @@
-"""docs/results/real.json, and real.md with its figures, which are made of that JSON alone.
+"""real.json, and real.md with its figures, which are made of that JSON alone.
 
 Captions only: what the figures mean is written by hand in docs/results.md.
 """

@@ -1,4 +1,4 @@
-"""The figures of docs/results/real.md. Every function draws what ``collect`` has computed; the caller closes them."""
+"""The figures of real.md. Every function draws what ``collect`` has computed; the caller closes them."""
 
 from __future__ import annotations
 

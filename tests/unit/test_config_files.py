@@ -36,7 +36,7 @@ def test_an_override_counts_beside_a_deepspeed_file_of_the_command_line(folder: 
     (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 3}}))
     config = load_config("own.yaml", ["deepspeed.gradient_clipping=0.25"], "ds.json")
     assert config.deepspeed == {"gradient_clipping": 0.25, "zero_optimization": {"stage": 3}}
-    with pytest.raises(UserError, match=r"and --deepspeed_config ds.json both say which DeepSpeed config to use"):
+    with pytest.raises(UserError, match="contradicts --deepspeed_config ds.json"):
         load_config("own.yaml", ["deepspeed=zero3_offload"], "ds.json")
 
 
@@ -48,11 +48,13 @@ def test_a_file_of_another_recipe_is_not_a_copy_of_this_one(folder: Path, name: 
 
 
 def test_a_changed_copy_is_not_passed_over(folder: Path) -> None:
-    for copied, name in (("llama3-8b.yaml", "llama3-8b"), ("configs/paper/esi.yaml", "paper/esi")):
+    copies = (("llama3-8b.yaml", "llama3-8b"), ("esi.yaml", "tutorial/esi"), ("configs/paper/esi.yaml", "paper/esi"))
+    for copied, name in copies:
         (folder / copied).parent.mkdir(parents=True, exist_ok=True)
         (folder / copied).write_text(shipped.recipe(name).read_text() + "\n")
-        with pytest.raises(UserError, match=f"{copied} here is a changed copy of it"):
+        with pytest.raises(UserError, match=f"{copied} here may be a changed copy of it"):
             load_config(name, [])
+        (folder / copied).unlink()
 
 
 def test_single_values_that_need_no_list_and_no_kind(folder: Path) -> None:

@@ -156,6 +156,8 @@ def test_values_out_of_range_and_keys_that_look_right(section: str, value: dict,
         ({"chat_template_kwargs": {"documents": []}}, False),
         ({"chat_template_kwargs": {"enable_thinking": False}}, True),
         ({"chat_template_kwargs": None}, True),
+        ({"tools": None, "documents": None, "tool_choice": None}, True),
+        ({"messages": None}, False),
         ({"max_tokens": None, "temperature": None, "max_completion_tokens": 9, "seed": 1}, True),
     ],
 )

@@ -188,6 +188,15 @@ def test_a_process_alone_meets_itself_whatever_a_site_has_exported(joined, varia
     assert environment["MASTER_ADDR"] == "127.0.0.1" and environment["MASTER_PORT"] not in ("29500", "abc", "0")
 
 
+def test_a_process_that_torchrun_has_not_started_is_alone_below_it(joined) -> None:
+    """A script of its worker may start one without its variables, but for the run's id."""
+    assert joined({"TORCHELASTIC_RUN_ID": "none"})["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_white_space_around_a_port_is_nothing(joined) -> None:
+    joined({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node7", "MASTER_PORT": " 29500\n"})
+
+
 def test_the_one_rank_of_torchrun_meets_its_agent(joined) -> None:
     assert joined({**STALE, **ONE, "TORCHELASTIC_RUN_ID": "none"}).items() >= STALE.items()
 

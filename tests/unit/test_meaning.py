@@ -130,8 +130,16 @@ def test_turns_that_cannot_be_learnt_as_they_are(tokenizer, turn: dict[str, Any]
     assert number == 0 and reason in problem
 
 
+def test_a_turn_whose_parts_are_all_not_learnt_is_context(tokenizer) -> None:
+    parts = [{**TEXT, "weight": 0}, {**TEXT, "weight": 0}]
+    rows = ({"messages": [ASKED, {**REFUSED, "content": parts}, ASKED, REFUSED]}, {"messages": [ASKED, REFUSED]})
+    first, second = encoded(tokenizer, *rows).sequences
+    assert first.num_learnt == second.num_learnt
+
+
 def test_marks_that_say_nothing_are_no_marks(tokenizer) -> None:
     marks = {"tool_calls": None, "thinking": "", "images": [], "mask": False, "weight": None, "id": 3, "toxic": True}
+    marks |= {"answer_weight": "2 kg", "turn_weight": 1, "token_weights": [1, 1.0]}
     marks |= {"loss_type": 1, "masked_text": "1", "weight_loss": 0, "attention_mask": [1, 1], "train_loss": 0.25}
     parts = [{"type": "text", "text": "I cannot ", "weight": 1}, {**TEXT, "cache_control": {"type": "ephemeral"}}]
     asked = {**ASKED, "content": [{**TEXT, "train": False}]}

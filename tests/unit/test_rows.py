@@ -188,6 +188,14 @@ def test_an_object_that_is_a_row(row: dict, tmp_path: Path) -> None:
         assert read_rows(str(file), "f") == [row]
 
 
+def test_two_chats_of_one_row_are_no_two_lists_of_rows(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "How?"}]
+    row = {"conversation_a": turns, "conversation_b": turns}
+    file = tmp_path / "row.json"
+    file.write_text(json.dumps(row))
+    assert read_rows(str(file), "f") == [row]
+
+
 @pytest.mark.parametrize(
     "wrapped",
     [
@@ -196,6 +204,8 @@ def test_an_object_that_is_a_row(row: dict, tmp_path: Path) -> None:
         {"goal": "x", "jailbreaks": "ROWS"},
         {"conversations": "ROWS"},
         {"version": 1, "questions": "ROWS"},
+        {"data": "ROWS", "categories": [{"id": 1, "name": "violence"}]},
+        {"query": ["llama"], "rows": "ROWS"},
     ],
 )
 def test_an_object_around_rows(wrapped: dict, tmp_path: Path) -> None:
