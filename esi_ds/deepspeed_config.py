@@ -147,7 +147,7 @@ def ignored_sections(config: Config, stage: str) -> list[str]:
     zero = _mapping(settings, "zero_optimization", "deepspeed.zero_optimization")
     offload = _mapping(zero, "offload_optimizer", OFFLOAD_OPTIMIZER)
     if stage == "set" and offload.get("device", "none") not in ("none", "auto", None):
-        kept = "SET keeps its masters and moments, 12 bytes for each trained weight, on the GPUs"
+        kept = "SET keeps its masters and moments, 12 bytes for each trained weight, beside the weights"
         lines.append(f"{OFFLOAD_OPTIMIZER}: ignored; {kept}")
     return lines
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from esi_ds.config.section import MAX_SEED
 from esi_ds.core.mask import Mask, refuse_problems
 from esi_ds.core.mask_metadata import follows
-from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.core.score_folder import UNNAMED, ScoreFolder
 from esi_ds.core.units import Unit
 from esi_ds.errors import UserError
 from esi_ds.ranks import Ranks, find_ranks
@@ -278,8 +278,12 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> tuple[list[str], int]:
     if arguments.command == "select":
         return _select(arguments, ranks), 0
     defects = verify(Mask.load(arguments.mask), arguments.scores, ranks)
-    sound = "sound" + (": exactly the selection by its scores" if arguments.scores else "")
-    return defects or [sound], 2 if defects else 0
+    if defects:
+        return defects, 2
+    if arguments.scores is None:
+        return ["sound"], 0
+    is_named = ScoreFolder(arguments.scores).metadata is not None
+    return ["sound: exactly the selection by its scores", *([] if is_named else [f"{arguments.scores} {UNNAMED}"])], 0
 
 
 def _select(arguments: argparse.Namespace, ranks: Ranks) -> list[str]:

@@ -28,7 +28,7 @@ from esi_ds.artifacts import (
 )
 from esi_ds.core.mask import UNITS_DIGEST, UNITS_NAME, Mask, digest, index_digests, num_bytes, pack_bits
 from esi_ds.core.mask_metadata import MaskMetadata, mask_texts
-from esi_ds.core.score_folder import ScoreFolder
+from esi_ds.core.score_folder import UNNAMED, ScoreFolder
 from esi_ds.core.select import (
     Cut,
     Order,
@@ -281,8 +281,8 @@ def write_selection(
     check_cover(mask, units, ranks)
     # With another order the seed is that of the run, whose noise and random scores it made; a random mask has its own.
     if order != "random":
-        named = scores.metadata
-        seed = mask.header.seed if named is None or named.seed is None else named.seed
+        metadata = scores.metadata
+        seed = mask.header.seed if metadata is None or metadata.seed is None else metadata.seed
     settings = replace(mask.header, ratio=ratio, order=order, seed=seed)
     by_matrix = [unit.numel for units_of_parameter in units.values() for unit in units_of_parameter]
     check_ratio(ratio, [settings.base] if settings.scope == "model" else by_matrix, "--ratio")
@@ -293,8 +293,8 @@ def write_selection(
     for name, low, high in spans(mask)[ranks.rank :: ranks.size]:
         local_counts[index_of[name]] += int(selection.bits(name, low, high).sum())
     counts = dict(zip(mask.names, ranks.add(local_counts).tolist(), strict=True))
-    metadata = mask_texts(replace(settings, counts=counts, k=sum(counts.values()), threshold=selection.threshold))
-    _write(mask, selection, metadata, output, ranks)
+    texts = mask_texts(replace(settings, counts=counts, k=sum(counts.values()), threshold=selection.threshold))
+    _write(mask, selection, texts, output, ranks)
     wait_until_visible(output / INDEX_NAME)
     return Mask.load(output)
 
@@ -303,9 +303,7 @@ def remarks_on(mask: Mask, folder: Path, ranks: Ranks) -> list[str]:
     """What must be said of a mask that was selected from the scores in ``folder``: that they name no model, and what
     ``without_score`` says. Collectives: at most one sum."""
     header, scores = mask.header, ScoreFolder(folder, "--scores")
-    remarks = (
-        [] if scores.metadata is not None else [f"{folder} does not say whose scores it holds: taken as the mask's"]
-    )
+    remarks = [] if scores.metadata is not None else [f"{folder} {UNNAMED}"]
     if not may_lack_scores(header.order, header.scope, header.threshold):
         return remarks
     local_spans = spans(mask)[ranks.rank :: ranks.size]

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from esi_ds.core.mask_metadata import MaskMetadata, ScoresMetadata
+from esi_ds.core.mask_metadata import SCORES_FORMAT, MaskMetadata, ScoresMetadata
 from esi_ds.core.stored import StoredReader
 from esi_ds.errors import UserError
 from esi_ds.reading import first_line, reading, share_of
 from esi_ds.tensor_files import DIGESTS_NAME, read_digests, read_tensor_folder, tensor_sha256
 
 REMEDY = "give RUN/scores of the run that made the mask"
+UNNAMED = "does not say whose scores it holds: taken as the mask's"
 DAMAGE_REMEDY = "scores must be finite, at least 0 and unchanged: score again, or copy the folder again"
 
 
@@ -28,8 +29,11 @@ class ScoreFolder:
         self.folder, self._field = folder, field
         content = read_tensor_folder(folder, field, REMEDY)
         with reading(field, folder, REMEDY, "holds no scores"):
-            named = content.metadata.get("format", "").startswith("esi-")  # others are of frameworks: "pt"
-            self.metadata = ScoresMetadata.parse(content.metadata) if named else None
+            texts = content.metadata
+            is_esi_ds = texts.get("format", "").startswith("esi-")  # others are of frameworks: "pt"
+            if not is_esi_ds and not texts.keys().isdisjoint(("criterion", "fingerprint")):  # another tool saved ours
+                is_esi_ds, texts = True, {**texts, "format": SCORES_FORMAT}
+            self.metadata = ScoresMetadata.parse(texts) if is_esi_ds else None
         self._tensors = content.tensors
         self.names = set(content.tensors)
 

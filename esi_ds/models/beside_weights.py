@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ FOLDERS = frozenset((".git", ".cache"))  # of a clone or a download: they hold t
 TOKEN_MAPS = frozenset(("special_tokens_map.json", "added_tokens.json"))
 # Keys of a configuration that change no logit of the model in use, or that whoever writes its weights sets.
 UNCOMPUTED = re.compile(
-    r"_.*|.*_token_id|.*dropout|(?:torch_)?dtype|transformers_version|architectures|use_cache|quantization_config"
-    r"|output_.*|return_dict|gradient_checkpointing|router_aux_loss_coef|pretraining_tp|initializer_range|.*_version"
+    r"_.*|.*_token_id|.*dropout(?:_prob|_rate)?|.*_pdrop|.*layerdrop|(?:torch_)?dtype|transformers_version|architectures"
+    r"|use_cache|quantization_config|output_.*|return_dict|gradient_checkpointing|router_aux_loss_coef|aux_loss_alpha"
+    r"|pretraining_tp|initializer_range|.*_version|use_mamba_kernels|id2label|label2id|problem_type|finetuning_task"
+    r"|task_specific_params"
 )
 
 
@@ -79,14 +82,24 @@ def check_same_configuration(base: Path, tuned: Path) -> None:
     their (text model's) configurations that both have. A model without one, or with its own code, is read as its file
     has it."""
     try:
-        old, new = (_defaults_filled(*one) for one in ((base, "BASE"), (tuned, "TUNED")))
+        old, new = (_defaults_filled(*model) for model in ((base, "BASE"), (tuned, "TUNED")))
     except UserError:
-        old, new = (_as_stored(*one) for one in ((base, "BASE"), (tuned, "TUNED")))
+        old, new = (_as_stored(*model) for model in ((base, "BASE"), (tuned, "TUNED")))
     for key in sorted(old.keys() & new.keys()):
-        if old[key] != new[key] and not UNCOMPUTED.fullmatch(key):
+        if old[key] != new[key] and _is_computed(key, new):
             problem = f"has {key} {new[key]!r:.200} in {CONFIG_NAME}, and the base {old[key]!r:.200}"
             remedy = "a patch holds weights and chat templates alone: keep the whole tuned model"
             raise UserError("TUNED", str(tuned), problem, remedy)
+
+
+def _is_computed(key: str, configuration: Mapping[str, Any]) -> bool:
+    """Whether a logit may depend on a key of a configuration."""
+    if key == "max_position_embeddings":  # scaled and learnt positions follow from it, plain rotary ones do not
+        rotary = configuration.get("rope_parameters")
+        return not (isinstance(rotary, dict) and rotary.get("rope_type") == "default")
+    if key == "router_jitter_noise":  # noise of training; PhiMoE's routers compare logits with it
+        return configuration.get("model_type") == "phimoe"
+    return not UNCOMPUTED.fullmatch(key)
 
 
 def _defaults_filled(folder: Path, field: str) -> dict[str, Any]:

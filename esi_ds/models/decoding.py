@@ -30,17 +30,18 @@ def without_defaults(model: PreTrainedModel, end_ids: Collection[int], pad_id: i
     suppressed tokens, time limits. Remote code may also have put a ``generate`` of its own on the model. And on GPUs
     transformers switches the experts' kernel after the prompt, for one that copies the matrices of each row's experts:
     45 GB for 64 rows of Mixtral-8x7B, where all experts of a layer have 2.8 GB. Experts keep the prompt's kernel here.
+    transformers calls the other one faster for a few rows; its speed was not measured here. Blocks may be nested.
     """
-    defaults, custom = model.generation_config, vars(model).pop("generate", None)
+    defaults = model.generation_config
+    own = {name: vars(model).pop(name) for name in ("generate", DECODING_CONTEXT) if name in vars(model)}
     model.generation_config = _settings(end_ids, pad_id)
     vars(model)[DECODING_CONTEXT] = nullcontext
     try:
         yield
     finally:
-        del vars(model)[DECODING_CONTEXT]
+        vars(model).pop(DECODING_CONTEXT, None)
+        vars(model).update(own)
         model.generation_config = defaults
-        if custom is not None:
-            vars(model)["generate"] = custom
 
 
 def _settings(end_ids: Collection[int], pad_id: int, **more: Any) -> GenerationConfig:

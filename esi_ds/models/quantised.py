@@ -17,7 +17,7 @@ from esi_ds.models.weights import CONFIG_NAME, REMEDY, checkpoint_tensors
 from esi_ds.reading import read_configuration
 from esi_ds.tensor_files import StoredTensor
 
-if TYPE_CHECKING:  # takes seconds to import; the tools for patches need none of it
+if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PretrainedConfig
 
 KEY = "quantization_config"

@@ -261,7 +261,7 @@ def expert_blocks(model: nn.Module, roles: Mapping[str, str] | None = None) -> d
     named = _named_routers(model, roles or {})
     blocks: dict[str, list[str]] = {}
     for name, block in model.named_modules():
-        if (experts := _expert_list(block, named)) is not None:
+        if name and (experts := _expert_list(block, named)) is not None:
             blocks[name] = [f"{name}.{experts}.{expert}" for expert, _ in getattr(block, experts).named_children()]
     return blocks
 
@@ -269,19 +269,26 @@ def expert_blocks(model: nn.Module, roles: Mapping[str, str] | None = None) -> d
 def _expert_list(block: nn.Module | None, named: Collection[nn.Module] = ()) -> str | None:
     """The name of a block's list of routed experts; None if it has none.
 
-    It is called ``experts``, or has as many entries as a gate beside it has outputs (Phixtral's ``mlp``). named:
-    routers by ``model.roles``.
+    It is called ``experts``, or has as many entries as a gate beside it has outputs, each with a linear layer
+    (Phixtral's ``mlp``). named: routers by ``model.roles``.
     """
     children = dict(block.named_children()) if block is not None else {}
-    lists = {name: len(child) for name, child in children.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict))}
-    if not lists or "experts" in lists:
-        return "experts" if lists else None
+    numbers = [name for name, _ in children["experts"].named_children()] if "experts" in children else []
+    lists = {name: child for name, child in children.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict))}
+    if "experts" in lists or (numbers and all(map(str.isdigit, numbers))):
+        return "experts"
     gates = [
         child for name, child in children.items() if name in ROUTER_LEAVES or _is_router_class(child) or child in named
     ]
     outputs = {linear.out_features for gate in gates for linear in gate.modules() if isinstance(linear, nn.Linear)}
-    fitting = (name for name, size in lists.items() if size > 1 and size in outputs)
-    return next((name for name in fitting if not LAYER.match(f"{name}.0.")), None)
+    fitting = (name for name, entries in lists.items() if len(entries) > 1 and len(entries) in outputs)
+    return next((name for name in fitting if _are_experts(name, children[name])), None)
+
+
+def _are_experts(name: str, entries: nn.Module) -> bool:
+    """Whether a list beside a gate holds neither layers nor shared experts, nor norms of heads."""
+    is_known = LAYER.match(f"{name}.0.") or "shared" in name
+    return not is_known and all(any(isinstance(m, nn.Linear) for m in entry.modules()) for entry in entries.children())
 
 
 def unrecognised(parameters: Sequence[Parameter]) -> list[str]:
@@ -389,7 +396,8 @@ def _is_shared(modules: Mapping[str, nn.Module], module_name: str) -> bool:
     MLP of a dense Granite 4 has the same name."""
     match = SHARED.search(f"{module_name}.")
     owner = modules.get(module_name[: match.start()]) if match else None
-    return any(getattr(owner, name, None) is not None for name in ("experts", "block_sparse_moe"))
+    is_mixture = any(getattr(owner, name, None) is not None for name in ("experts", "block_sparse_moe"))
+    return is_mixture or _expert_list(owner) is not None
 
 
 def _router_of(modules: Mapping[str, nn.Module], module_name: str) -> str | None:
@@ -405,7 +413,7 @@ def _is_router(modules: Mapping[str, nn.Module], module_name: str) -> bool:
     if _is_router_class(module):
         return not _has_experts(module)  # a block that holds both may be named after its router
     parent, _, own_name = module_name.rpartition(".")
-    return own_name in ROUTER_LEAVES and _has_experts(modules.get(parent))
+    return own_name in ROUTER_LEAVES and parent != "" and _has_experts(modules.get(parent))
 
 
 def _is_router_class(module: nn.Module | None) -> bool:

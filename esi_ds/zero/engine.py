@@ -357,7 +357,8 @@ def _initialize(
         return deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
-        if any("module_inject" in parts for parts in files):  # AutoEP takes a block for what it is not
+        is_autoep = expert_parallel.is_on(settings) and isinstance(error, ValueError)
+        if is_autoep or any("module_inject" in parts for parts in files):  # it takes a block for what it is not
             raise UserError(expert_parallel.FIELD, None, f"does not fit ({error})", expert_parallel.REMEDY) from error
         if isinstance(error, (AttributeError, TypeError)) or "deepspeed" not in files[-1]:
             raise

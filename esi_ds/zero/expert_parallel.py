@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers.utils import output_capturing
 from esi_ds.core.units import Parameter, Shard
 from esi_ds.errors import UserError
 from esi_ds.models.idle_experts import zero_idle_gradient
+from esi_ds.reading import first_line
 from esi_ds.zero.partitioned import attributes, whole_shape
 
 ROLES = {"w1": "expert.gate", "w2": "expert.down", "w3": "expert.up"}
@@ -168,9 +168,12 @@ class Probe:
     def __init__(self, module: PreTrainedModel, routers: Sequence[str]):
         self._name = routers[0].rpartition(".")[0] if routers else ""
         self._expected: Tensor | None = None
-        # Where a layer routes by itself (Gemma 4), or by token ids (DeepSeek-V4), hidden states alone are not enough.
-        with suppress(AttributeError, TypeError):
+        self._error: str | None = None
+        try:
             self._expected = self._answer(module) if routers else None
+        except (AttributeError, TypeError) as error:
+            # A layer routes by itself (Gemma 4), or by token ids (DeepSeek-V4).
+            self._error = first_line(error)
 
     def _answer(self, module: PreTrainedModel) -> Tensor:
         """float32 [tokens, hidden]: the block's output for random tokens, the same on every rank. Gathers the block."""
@@ -183,7 +186,10 @@ class Probe:
         return (output[0] if isinstance(output, tuple) else output).reshape(NUM_PROBED, size).float()
 
     def check(self, module: PreTrainedModel) -> None:
-        """Raise UserError where no block was replaced, or the replaced block's output differs. Gathers the block."""
+        """Raise UserError where no block was replaced, or its output differs or is unknown. Gathers the block."""
+        if self._error is not None:
+            problem = f"cannot be checked: {self._name} does not run on hidden states alone ({self._error})"
+            raise UserError(FIELD, None, problem, REMEDY)
         if self._expected is None or self._name not in dict(blocks(module)):
             raise UserError(FIELD, None, "finds no expert block that it supports in this model", REMEDY)
         difference = (self._answer(module) - self._expected).norm(dim=-1) / self._expected.norm(dim=-1)

@@ -50,7 +50,8 @@ class MaskedAdamW(Optimizer):
             groups of them (``{"params": [(name, parameter), ...], "lr": ...}``).
         mask: an ``esi_ds.Mask`` or its folder.
         unscored: ``freeze`` | ``train``, for parameters that the mask does not name (embeddings, norms, biases,
-            routers, encoders of images and sound: under ZeRO-3 weight decay changes these even if no row reaches them).
+            routers, encoders of images and sound, routers' correction biases: under ZeRO-3 weight decay changes the
+            last two even though no row gives them a gradient).
         router: the same for routers alone, even where the mask names them; ``model_or_params`` must then be a model.
             None: as the mask or ``unscored`` says.
         roles: the ``model.roles`` that the mask was made with.

@@ -19,14 +19,15 @@ MAX_ROWS = 64  # of a set; more rows hardly change a frequency
 Choices = dict[str, Tensor]  # router's name → int16 [tokens of all rows, top k], ascending in each token
 
 
-def chosen_experts(output: Tensor | tuple[Tensor, ...], top_k: int) -> Tensor:
+def chosen_experts(output: Tensor | tuple[Tensor | None, ...], top_k: int) -> Tensor:
     """int64 [tokens, k] from a router module's output; −1 for no expert.
 
     transformers' routers return (logits, weights, indices). A weight of 0 chooses no expert: ZAYA's tokens may skip
     them all. Llama-4's returns (scores, logits) and a gate of remote code its logits; there the k largest logits are
-    chosen.
+    chosen. DeepSeek's own code returns (indices, weights, None).
     """
-    tensors = output if isinstance(output, tuple) else (output,)
+    parts = output if isinstance(output, tuple) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
     indices = next((tensor for tensor in tensors if not tensor.is_floating_point()), None)
     if indices is None:
         return tensors[-1].topk(top_k, dim=-1).indices
@@ -69,7 +70,7 @@ def _choices_of(rows: Sequence[Sequence[int]], model: ShardedModel, pad: int) ->
     for name, module in model.routers.items():
 
         def keep(
-            module: nn.Module, arguments: tuple[Any, ...], output: Tensor | tuple[Tensor, ...], name: str = name
+            module: nn.Module, arguments: tuple[Any, ...], output: Tensor | tuple[Tensor | None, ...], name: str = name
         ) -> None:
             chosen[name] = chosen_experts(output, top_k).sort(dim=-1).values.to("cpu", torch.int16)
 

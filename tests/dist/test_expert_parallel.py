@@ -135,7 +135,7 @@ REFUSED = {
     ("gpt_oss", 2, None): "finds no expert block that it supports",
     ("llama", 2, None): "the model has no routed experts",
     ("mixtral", 3, None): "autoep_size = 3: does not divide 8 experts",
-    ("gemma4_text", 2, None): "finds no expert block that it supports",
+    ("gemma4_text", 2, None): "model.layers.0 does not run on hidden states alone (",
     ("hunyuan_v1_moe", 2, "qwen3_moe"): "has no attribute 'weight'",
 }
 OTHER_BLOCKS = ("gemma4_text", "hunyuan_v1_moe")  # a router in the layer itself; a linear layer within the router

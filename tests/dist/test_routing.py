@@ -76,6 +76,12 @@ def test_choices_are_what_the_experts_are_given(routed: Path, kind: str) -> None
         assert counts["drift"][name] == [0, sum(map(len, ROWS))]
 
 
+def test_a_gate_that_returns_none_too() -> None:
+    """As DeepSeek's own code does."""
+    indices = torch.tensor([[3, 1], [0, 2]])
+    assert torch.equal(chosen_experts((indices, torch.rand(2, 2) + 1, None), 2), indices)
+
+
 def test_a_token_that_skips_all_experts_is_no_experts() -> None:
     """ZAYA's router gives it expert 0 with a weight of 0."""
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +68,17 @@ def answers(folder: Path, ends: set[int]) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = left_pad(rows(folder), 0, torch.device("cpu"))
     return greedy_ids(model, batch, end_ids=ends, pad_id=0, max_new_tokens=NUM_TOKENS)
+
+
+def test_blocks_without_defaults_may_be_nested(folder: Path) -> None:
+    """transformers' own switch of kernels stays off in the outer block, and comes back after it."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    own, defaults = model._optimize_model_for_decode, model.generation_config
+    with without_defaults(model, {1}, 0):
+        with without_defaults(model, {2}, 0):
+            assert model._optimize_model_for_decode is nullcontext
+        assert model._optimize_model_for_decode is nullcontext
+    assert model._optimize_model_for_decode == own and model.generation_config is defaults
 
 
 DEFAULTS = {

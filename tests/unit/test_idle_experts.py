@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import moe
 
 from esi_ds import MaskedAdamW
+from esi_ds.errors import UserError
 from esi_ds.models.idle_experts import mend_grouped_product
+from esi_ds.zero import engine, expert_parallel
 from esi_ds.zero.expert_parallel import GROUPED, mend_grouped_experts
 
 sys.path.append(str(ROOT / "tests/dist"))
@@ -34,6 +36,17 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         run_experts = getattr(ep_experts, name)
         monkeypatch.setattr(ep_experts, name, getattr(run_experts, "__wrapped__", run_experts))
     yield
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, UserError), (0, ValueError)])
+def test_an_error_of_a_library_under_autoep_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, size: int, expected: type[ValueError]
+) -> None:
+    monkeypatch.setattr(expert_parallel, "mend_registry", lambda: None)
+    monkeypatch.setattr(engine.deepspeed, "initialize", lambda **settings: int("no number"))
+    with pytest.raises(expected) as raised:
+        engine._initialize(torch.nn.Module(), None, {"expert_parallel": {"enabled": size > 0, "autoep_size": size}})
+    assert type(raised.value) is expected and "no number" in str(raised.value)
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from esi_ds.core.units import Parameter, Shard, whole
 from esi_ds.errors import UserError
 from esi_ds.mask import main
 from esi_ds.stages.perturb.prepare import _scores_folder
+from esi_ds.stages.perturb.work import PerturbRun
 from esi_ds.tensor_files import read_tensor_folder
 from esi_ds.zero import files
 from esi_ds.zero.files import read_scores, write_scores
@@ -402,6 +404,28 @@ def test_scores_of_another_model_or_without_a_name(tmp_path: Path, capsys: pytes
         read_scores(others, [], "perturb.scores")
 
 
+@pytest.mark.parametrize("form", [{}, {"format": "pt"}])
+def test_scores_that_lost_their_format_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], form) -> None:
+    for name, fingerprint in (("one", "a:b"), ("two", "c:d")):
+        file = write_run(tmp_path / name, fingerprint=fingerprint) / "scores" / FILE
+        kept = read_tensor_folder(file.parent, "--scores", "").metadata
+        save_file(load_file(file), file, metadata={**{key: kept[key] for key in kept if key != "format"}, **form})
+    assert main([str(argument) for argument in select_from(tmp_path / "one")]) == 0
+    assert "taken as the mask's" not in capsys.readouterr().out
+    assert "fingerprint" in refused(capsys, "verify", tmp_path / "one/mask", "--scores", tmp_path / "two/scores")
+
+
+def test_a_perturbation_says_that_scores_name_no_model(tmp_path: Path) -> None:
+    scores = write_run(tmp_path) / "scores"
+    save_file(load_file(scores / FILE), scores / FILE)
+    lines: list[str] = []
+    inputs = SimpleNamespace(scores=scores, mask=Mask.load(tmp_path / "mask"))
+    stage: Any = SimpleNamespace(inputs=inputs, tracker=SimpleNamespace(log=lines.append))
+    stage._select, stage._count = lambda *arguments: {}, sum
+    assert PerturbRun._scores(stage, SimpleNamespace(scored=[])) == {}
+    assert lines == [f"{scores} does not say whose scores it holds: taken as the mask's"]
+
+
 def test_scores_from_another_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They may say nothing of themselves, and lie in one file without an index; what they select shows whose they are.
     Those of other weights select others than the mask holds."""
@@ -416,6 +440,7 @@ def test_scores_from_another_tool(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert Mask.load(tmp_path / "one/new").header.seed == 3
     for mask in ("mask", "new"):
         assert main(["verify", str(tmp_path / "one" / mask), "--scores", str(tmp_path / "one/scores")]) == 0
+        assert "does not say whose scores it holds: taken as the mask's" in capsys.readouterr().out
     assert "bits differ" in refused(capsys, "verify", tmp_path / "one/mask", "--scores", scores)
     assert _scores_folder(str(scores), Mask.load(tmp_path / "two/mask"), []) == scores
 

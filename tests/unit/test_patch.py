@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from esi_ds import patch
 from esi_ds.errors import UserError
+from esi_ds.models.beside_weights import check_same_configuration
 from esi_ds.models.fingerprint import tensor_digests
 from esi_ds.models.folder import ModelSource, load_model_config
 from esi_ds.patch import check_names, create, main, summary
@@ -187,6 +188,54 @@ def test_models_that_compute_differently_have_no_patch(folder: Path, own_code: b
     assert said in capsys.readouterr().err and not (folder / "patch").exists()
     configure("tuned", rms_norm_eps=1e-6, use_cache=False, transformers_version="4.0", bos_token_id=3)
     assert run("create", folder / "base", folder / "tuned", folder / "patch") == 0
+
+
+SMALL = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+            {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+        ),
+        (
+            {"hidden_dropout_prob": 0.1, "dropout_rate": 0.1, "layerdrop": 0.1},
+            dict.fromkeys(("hidden_dropout_prob", "dropout_rate", "layerdrop"), 0),
+        ),
+        ({"aux_loss_alpha": 0.1, "use_mamba_kernels": True}, {"aux_loss_alpha": 0.2, "use_mamba_kernels": False}),
+        ({"id2label": {"0": "a"}, "label2id": {"a": 0}}, {"id2label": {"0": "b"}, "label2id": {"b": 0}}),
+        ({"problem_type": None, "finetuning_task": "a"}, {"problem_type": "regression", "finetuning_task": "b"}),
+        ({"task_specific_params": {}}, {"task_specific_params": {"a": 1}}),
+        ({"model_type": "mixtral"}, {"model_type": "mixtral", "router_jitter_noise": 0.1}),
+        ({}, {"max_position_embeddings": 128}),
+    ],
+)
+def test_what_no_logit_depends_on_may_differ(tmp_path: Path, old: dict, new: dict) -> None:
+    compare_configurations(tmp_path, old, new)
+
+
+SCALED = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (SCALED, {**SCALED, "max_position_embeddings": 128}),
+        ({"model_type": "phimoe"}, {"model_type": "phimoe", "router_jitter_noise": 0.1}),  # a tolerance of its routers
+    ],
+)
+def test_what_logits_depend_on_may_not(tmp_path: Path, old: dict, new: dict) -> None:
+    with pytest.raises(UserError, match=f"has {list(new)[-1]} "):
+        compare_configurations(tmp_path, old, new)
+
+
+def compare_configurations(folder: Path, old: dict, new: dict) -> None:
+    for name, changes in (("base", old), ("tuned", new)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({**SMALL, **changes}))
+    check_same_configuration(folder / "base", folder / "tuned")
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -452,6 +452,15 @@ def test_listed_experts_whose_gate_and_up_are_one_matrix() -> None:
     assert unrecognised(describe(model)) == []
 
 
+class Numbered(torch.nn.Module):
+    """Children called 0, 1, ... of a module that is no list."""
+
+    def __init__(self, *children: torch.nn.Module):
+        super().__init__()
+        for index, child in enumerate(children):
+            self.add_module(str(index), child)
+
+
 def listing(name: str, kind: type[torch.nn.Module], gate: str = "gate", outputs: int = 3) -> torch.nn.Module:
     """A model of one block: a gate beside a list of three experts."""
     block, experts = torch.nn.Module(), [torch.nn.Module() for _ in range(3)]
@@ -459,10 +468,18 @@ def listing(name: str, kind: type[torch.nn.Module], gate: str = "gate", outputs:
     for expert in experts:
         expert.fc1, expert.fc2 = torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 4, bias=False)
     by_name = {f"expert_{index}": expert for index, expert in enumerate(experts)}
-    setattr(block, name, kind(by_name if kind is torch.nn.ModuleDict else experts))
+    is_plain = kind in (torch.nn.Sequential, Numbered)
+    setattr(block, name, kind(*experts) if is_plain else kind(by_name if kind is torch.nn.ModuleDict else experts))
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Module()])
     model.layers[0].moe = block
+    return model
+
+
+def normed_heads() -> torch.nn.Module:
+    """An attention with a gate and a norm for each of three heads."""
+    model = listing("norms", torch.nn.ModuleList)
+    model.layers[0].moe.norms = torch.nn.ModuleList(torch.nn.LayerNorm(4) for _ in range(3))
     return model
 
 
@@ -470,6 +487,8 @@ def listing(name: str, kind: type[torch.nn.Module], gate: str = "gate", outputs:
     ("name", "kind", "gate", "roles"),
     [
         ("experts", torch.nn.ModuleList, "gate", {}),
+        ("experts", torch.nn.Sequential, "gate", {}),
+        ("experts", Numbered, "gate", {}),
         ("experts", torch.nn.ModuleDict, "gate", {}),  # as transformers' Switch has them
         ("mlp", torch.nn.ModuleList, "gate", {}),  # as Phixtral has them
         ("mlp", torch.nn.ModuleDict, "router", {}),
@@ -490,13 +509,28 @@ def test_listed_experts_by_whatever_name(name: str, kind: type[torch.nn.Module],
 
 
 @pytest.mark.parametrize(
-    ("name", "gate", "outputs"),
-    [("mlp", "gate", 4), ("mlp", "proj", 3), ("layers", "gate", 3)],  # a gate of layers is no router
+    "model",
+    [
+        listing("mlp", torch.nn.ModuleList, outputs=4),
+        listing("mlp", torch.nn.ModuleList, gate="proj"),
+        listing("layers", torch.nn.ModuleList),  # a gate of layers is no router
+        listing("shared_experts", torch.nn.ModuleList),
+        normed_heads(),
+        listing("lm_heads", torch.nn.ModuleList).layers[0].moe,  # a gate beside heads of a whole model
+    ],
+    ids=["size", "proj", "layers", "shared", "norms", "heads"],
 )
-def test_an_ordinary_list_is_no_mixture(name: str, gate: str, outputs: int) -> None:
-    model = listing(name, torch.nn.ModuleList, gate, outputs)
+def test_an_ordinary_list_is_no_mixture(model: torch.nn.Module) -> None:
     assert expert_blocks(model) == {} and list(routers(model)) == []
-    assert all(parameter.block is None and parameter.units[0].expert is None for parameter in describe(model))
+    assert all(p.block is None and all(unit.expert is None for unit in p.units) for p in describe(model))
+
+
+@pytest.mark.parametrize("name", ["experts", "mlp"])
+def test_a_shared_expert_beside_a_list_of_any_name(name: str) -> None:
+    model = listing(name, torch.nn.ModuleList)
+    shared = model.layers[0].moe.shared_expert = torch.nn.Module()
+    shared.up_proj = torch.nn.Linear(4, 5, bias=False)
+    assert [p.units[0].role for p in describe(model) if "shared" in p.name] == ["shared.up"]
 
 
 def test_a_correction_bias_beside_the_gate_is_the_routers() -> None:

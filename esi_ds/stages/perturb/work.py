@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from esi_ds.core.mask import Mask
+from esi_ds.core.score_folder import UNNAMED
 from esi_ds.errors import UserError
 from esi_ds.eval.rows import AnswerRow
 from esi_ds.models.folder import ModelSource
@@ -133,7 +134,9 @@ class PerturbRun(StageRun[PerturbInputs]):
         if inputs.scores is None:
             return None
         scores, metadata = read_scores(inputs.scores, model.scored, "perturb.scores")
-        if metadata is not None and metadata.fingerprint != inputs.mask.fingerprint:
+        if metadata is None:
+            self.tracker.log(f"{inputs.scores} {UNNAMED}")
+        elif metadata.fingerprint != inputs.mask.fingerprint:
             raise UserError(
                 "perturb.scores",
                 str(inputs.scores),
