@@ -32,8 +32,8 @@ TOKEN_MAPS = frozenset(("special_tokens_map.json", "added_tokens.json"))
 # Keys of a configuration that change no logit of the model in use, or that whoever writes its weights sets.
 UNCOMPUTED = re.compile(
     r"_.*|.*_token_id|.*dropout(?:_prob|_rate)?|.*_pdrop|.*layerdrop|(?:torch_)?dtype|transformers_version|architectures"
-    r"|use_cache|quantization_config|output_.*|return_dict|gradient_checkpointing|router_aux_loss_coef|aux_loss_alpha"
-    r"|pretraining_tp|initializer_range|.*_version|use_mamba_kernels|id2label|label2id|problem_type|finetuning_task"
+    r"|use_cache|quantization_config|output_.*|return_dict|gradient_checkpointing|.*aux_loss.*|auto_map|tokenizer_class"
+    r"|pretraining_tp|initializer_range|.*_version|use_mamba_kernels|id2label|label2id|num_labels|problem_type|finetuning_task"
     r"|task_specific_params"
 )
 
@@ -79,15 +79,15 @@ def copy_beside_weights(source: Path, target: Path, field: str, only_missing: bo
 
 def check_same_configuration(base: Path, tuned: Path) -> None:
     """Raise UserError, naming ``TUNED``, where two models of the same weights would compute differently: in a key of
-    their (text model's) configurations that both have. A model without one, or with its own code, is read as its file
-    has it."""
+    their (text model's) configurations that both have, or in rotary scaling that one has. A model without one, or with
+    its own code, is read as its file has it."""
     try:
         old, new = (_defaults_filled(*model) for model in ((base, "BASE"), (tuned, "TUNED")))
     except UserError:
         old, new = (_as_stored(*model) for model in ((base, "BASE"), (tuned, "TUNED")))
-    for key in sorted(old.keys() & new.keys()):
-        if old[key] != new[key] and _is_computed(key, new):
-            problem = f"has {key} {new[key]!r:.200} in {CONFIG_NAME}, and the base {old[key]!r:.200}"
+    for key in sorted({*(old.keys() & new.keys()), "rope_scaling"}):
+        if old.get(key) != new.get(key) and _is_computed(key, new):
+            problem = f"has {key} {new.get(key)!r:.200} in {CONFIG_NAME}, and the base {old.get(key)!r:.200}"
             remedy = "a patch holds weights and chat templates alone: keep the whole tuned model"
             raise UserError("TUNED", str(tuned), problem, remedy)
 
