@@ -21,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from esi_ds.data.chat import encode_prompt, special_strings
 from esi_ds.data.prompts import load_responses
-from esi_ds.data.thoughts import HARMONY as HARMONY_MARKS
 from esi_ds.data.thoughts import (
     APRIEL,
     MARKS,
@@ -36,6 +35,7 @@ from esi_ds.data.thoughts import (
     spans_in_text,
     whole_response,
 )
+from esi_ds.data.thoughts import HARMONY as HARMONY_MARKS
 from esi_ds.eval.classifiers import SequenceJudge, judge_pairs
 from esi_ds.eval.coherence import EMPTY, incoherence
 from esi_ds.eval.endpoint import Reply
