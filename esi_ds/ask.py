@@ -27,7 +27,7 @@ from esi_ds.data.prompts import PromptSet, load_section
 from esi_ds.data.rows import looks_like_file
 from esi_ds.data.turns import Prompt
 from esi_ds.errors import UserError, ends_with_message
-from esi_ds.eval.asking import ask_prompts, asked_of, check_served
+from esi_ds.eval.asking import PENALTIES_OFF, ask_prompts, asked_of, check_served
 from esi_ds.eval.endpoint import ONCE_IT_WORKS, Endpoint, Patience, Reply
 from esi_ds.models import hub
 from esi_ds.reading import check_regular, check_type, parse_json, reading
@@ -128,7 +128,9 @@ def _ask(
     rows = {_key(row): row for row in _rows_on_disk(output, asked)}
     wanted = {_key(question): question for question in questions}
     if any(key not in rows for key in wanted):
-        endpoint = check_served(endpoint, "--model", "--base-url")
+        asked_for, endpoint = endpoint, check_served(endpoint, "--model", "--base-url")
+        if endpoint != asked_for:
+            say(f"{endpoint.model}: {PENALTIES_OFF}")
     # Where it has replied before, what it refuses now is the question's fault, even if all that are left are so.
     patience = Patience(was_alive=any(row["response"] is not None for row in rows.values()))
     last = ""

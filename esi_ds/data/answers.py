@@ -244,9 +244,9 @@ def _answer_of(row: Row) -> RecordedAnswer:
 
 
 def _only_answer(rows: Sequence[Row], times: int, prompt: Prompt, path: str, field: str) -> RecordedAnswer:
-    """The answer that these rows to one prompt, which the sets hold ``times`` times, have in common. Raises UserError
-    where they differ."""
-    answers = {_answer_of(row) for row in rows}
+    """The answer that these rows to one prompt, which the sets hold ``times`` times, have in common; a failed request
+    gives way to its retry. Raises UserError where they differ."""
+    answers = {answer for answer in map(_answer_of, rows) if answer.response is not None} or {_answer_of(rows[-1])}
     if len(answers) > 1:
         problem = f"has {len(answers)} different answers to the prompt {json.dumps(prompt)[:60]}"
         if times > 1:

@@ -322,8 +322,9 @@ def _with_thought(row: Row) -> str | None:
     thoughts = [text for name in REASONING_KEYS if isinstance(text := row.get(name), str) and text.strip()]
     if not thoughts or (response is None and row.get("excluded") is not None) or parts(response or "").trace:
         return response
-    is_unfinished = ("cut" not in row or yes_or_no(row["cut"]) is True) and not (response or "").strip()
-    return whole_response(thoughts[0], None if is_unfinished else response or "")
+    may_be_cut = "cut" not in row or yes_or_no(row["cut"]) is True
+    is_unfinished = response is None or (may_be_cut and not response.strip())
+    return whole_response(thoughts[0], None if is_unfinished else response)
 
 
 def _response_rows(path: str, field: str) -> list[Row]:

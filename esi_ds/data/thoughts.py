@@ -25,6 +25,7 @@ UNFINISHED = "the response ends within a thought: max_new_tokens may be too few"
 REASONING_KEYS = ("reasoning_content", "reasoning")
 NO_THOUGHT = "the response has no thought"
 Marks = tuple[tuple[str, str], ...]  # (opening, closing) of each kind of thought
+APRIEL = ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")
 # In any case, by the models that write them.
 MARKS: Marks = (
     ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, GLM-4.5, Phi-4-reasoning, OLMo 3, Hunyuan
@@ -41,16 +42,16 @@ MARKS: Marks = (
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<longcat_think>", "</longcat_think>"),  # LongCat
     ("<|think:start|>", "<|think:end|>"),  # Solar Open 2
-    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),  # Apriel
+    APRIEL,
 )
-# In words, which answers may hold: a mark where a prompt ends with it, or a response begins with it and closes it.
-IN_WORDS = {MARKS[-1][0]: rf"\A\s*{re.escape(MARKS[-1][0])}(?=(?s:.*){re.escape(MARKS[-1][1])})"}
+# Words, which answers may hold: a mark where a prompt ends with them, or a response begins with them and closes them.
+APRIEL_OPENING = rf"\A\s*{re.escape(APRIEL[0])}(?=(?s:.*){re.escape(APRIEL[1])})"
 # A thought where it begins the response and something follows it: answers speak of such tags, and hold them. The words
 # are Granite 3.2's.
 TAGS = "analysis|cot|inner_thoughts|reason|reflection|scratchpad|thoughts"
 LEADING = re.compile(
     rf"\s*(?:<(?P<tag>{TAGS})>(?P<trace>.*?)</(?P=tag)>(?=\s*\S)"
-    r"|(?:Here is|Here's) my thought process:(?P<told>.*?)(?:Here is|Here's) my response:)",
+    r"|(?:Here is|Here's) my thought process:(?P<granite>.*?)(?:Here is|Here's) my response:)",
     re.IGNORECASE | re.DOTALL,
 )
 LEADING_UNFINISHED = re.compile(rf"\s*<({TAGS})>(?!.*</\1>)", re.IGNORECASE | re.DOTALL)
@@ -95,8 +96,13 @@ PROMPT_TAIL = 32  # tokens at a prompt's end that hold any opening mark
 
 @lru_cache
 def _mark_pattern(marks: Marks) -> re.Pattern[str]:
-    """A group for each mark."""
-    patterns = (IN_WORDS.get(mark, re.escape(mark)) for pair in marks for mark in pair)
+    """A group for each mark. Those of the user's pair, before our own, are marks wherever they stand."""
+    num_users = len(marks) - len(MARKS)
+    patterns = (
+        APRIEL_OPENING if number >= num_users and mark == APRIEL[0] else re.escape(mark)
+        for number, pair in enumerate(marks)
+        for mark in pair
+    )
     return re.compile("|".join(f"({pattern})" for pattern in patterns), re.IGNORECASE)
 
 
@@ -119,8 +125,9 @@ def closes_unopened(response: str, marks: Marks) -> bool:
 
 def has_marks(response: str, marks: Marks) -> bool:
     """Whether a response holds any mark of a thought."""
-    leads = LEADING.match(response) or LEADING_UNFINISHED.match(response)
-    return CHANNEL in response or leads is not None or _mark_pattern(marks).search(response) is not None
+    begins = (LEADING, LEADING_UNFINISHED, BARE_HARMONY, BARE_UNFINISHED)
+    leads = any(pattern.match(response) for pattern in begins)
+    return CHANNEL in response or leads or _mark_pattern(marks).search(response) is not None
 
 
 def has_thought(response: str, response_parts: ResponseParts) -> bool:
@@ -139,9 +146,10 @@ def unread_note(have_thoughts: Sequence[bool], which: str, thinks: bool) -> str 
     if number == 0 or (thinks and 2 * number >= total):
         return None
     but = "most of them hold none" if thinks else "the model's chat template knows of no thoughts"
+    remedy = "" if thinks else ", or name the marks in model.thought_marks if the model thinks"
     return (
         f"{part_of(number, total)} {which} hold text within the marks of a thought, which judges with reads: answer do "
-        f"not see, but {but}: an attack may have dictated the marks; read these responses, or set reads: both"
+        f"not see, but {but}: an attack may have dictated the marks; read these responses, or set reads: both{remedy}"
     )
 
 
@@ -321,7 +329,7 @@ def _leading_thoughts(response: str) -> tuple[list[Span], Span | None]:
     thoughts: list[Span] = []
     position = 0
     while match := LEADING.match(response, position):
-        thoughts.append(match.span("trace" if match["tag"] else "told"))
+        thoughts.append(match.span("trace" if match["tag"] else "granite"))
         position = match.end()
     if begun := LEADING_UNFINISHED.match(response, position):
         return [*thoughts, (begun.end(), len(response))], None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ RELEASE = re.compile(r"-\d{4}(-?\d\d-?\d\d)?")
 # Owners of models at servers that take what a request leaves out from the model's generation_config.json. A penalty on
 # repetition (Qwen2.5's 1.05) changes most greedy answers.
 TAKES_DEFAULTS = ("vllm", "sglang")
+PENALTIES_OFF = "penalties that its server would take from the model's own defaults are switched off"
 NO_PENALTIES = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 
 
@@ -35,14 +36,27 @@ def check_served(endpoint: Endpoint, field: str, url_field: str | None = None) -
         raise UserError(
             url_field or field, endpoint.url, f"cannot be reached ({error})", "start the server, or correct the URL"
         ) from error
-    if names is not None and names.get(endpoint.model) in TAKES_DEFAULTS:
-        return replace(endpoint, extra={**NO_PENALTIES, **endpoint.extra})
     if names is not None and endpoint.model not in names and not endpoint.replies_as:
         shown = ", ".join([*names][:5]) + (" ..." if len(names) > 5 else "")
         problem = f"is not a model that {endpoint.url} serves: {shown}"
         remedy = "name one of them; if a gateway has a name of its own for one of them, give that one as replies_as"
         raise UserError(field, endpoint.model, problem, remedy)
-    return endpoint
+    return _without_penalties(endpoint, names)
+
+
+def without_penalties(endpoint: Endpoint) -> Endpoint:
+    """As ``check_served``, without its checks: an endpoint whose models cannot be listed stays as it is."""
+    try:
+        return _without_penalties(endpoint, served_models(endpoint))
+    except OSError:
+        return endpoint
+
+
+def _without_penalties(endpoint: Endpoint, owners: Mapping[str, str] | None) -> Endpoint:
+    """owners: of the models that the endpoint lists."""
+    if owners is None or owners.get(endpoint.model) not in TAKES_DEFAULTS:
+        return endpoint
+    return replace(endpoint, extra={**NO_PENALTIES, **endpoint.extra})
 
 
 def is_same_model(asked: str, replied: str) -> bool:

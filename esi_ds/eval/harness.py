@@ -171,7 +171,8 @@ class SharedLM(HFLM):
             check_shown(turns, text)
         except TemplateRejection as error:
             remedy = "give a model.chat_template that shows every turn, or leave the task out"
-            raise UserError(f"{self.prepared.field}.name", self.prepared.config.name, str(error), remedy) from error
+            problem = f"{error} (in the chat that ends with {turns[-1]['content'][-60:]!r})"
+            raise UserError(f"{self.prepared.field}.name", self.prepared.config.name, problem, remedy) from error
         return text
 
     def _broken_up(self, text: str) -> str:

@@ -359,7 +359,8 @@ class CurveRow(RateRow):
     ratio: float  # share of the weights
     noise: float  # in σ of each weight's matrix; 0 is the clean model
     by_seed: list[float | None]  # each seed's own rate
-    p_values: list[float | None]  # of each seed's answers against the clean model's; none for noise 0
+    # Of each seed's answers against the clean model's, none for noise 0; earlier versions wrote none at all.
+    p_values: NotRequired[list[float | None]]
 
 
 class PerturbationReport(RateTables):

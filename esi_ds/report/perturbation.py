@@ -28,7 +28,7 @@ def closing_table(report: PerturbationReport) -> str:
         lines += ["", title]
         for row in points:
             name = f"{row['order']} {row['ratio']:g}, noise {row['noise']:g}"
-            tests = ", ".join(map(p_value, row["p_values"]))
+            tests = ", ".join(map(p_value, row.get("p_values", [])))
             against = f"   p {tests} (against noise 0)" if tests else ""
             lines.append(f"  {name:32} {interval(row)}{against}")
     lines += [f"{name} used {usage}" for name, usage in report["usage"].items()]

@@ -10,7 +10,7 @@ from esi_ds.data.asked import changes_the_prompt
 from esi_ds.data.prompts import QuestionSet
 from esi_ds.data.thoughts import UNFINISHED, final_answer
 from esi_ds.errors import UserError
-from esi_ds.eval.asking import ask_prompts, asked_of, check_served
+from esi_ds.eval.asking import PENALTIES_OFF, ask_prompts, asked_of, check_served
 from esi_ds.eval.endpoint import ONCE_IT_WORKS, Endpoint, Reply
 from esi_ds.eval.rows import AnswerRow, marks_of
 from esi_ds.stages.interrupt import check_stop
@@ -103,6 +103,8 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
             row["asked"] = asked
         extra = runtime.from_main(lambda: check_served(model.endpoint, model.field).extra)
         self.endpoint = replace(model.endpoint, extra=extra)
+        if self.endpoint != model.endpoint:
+            self._tracker.remark(f"{model.name}: {PENALTIES_OFF}")
         self._tracker.log(f"{model.name}: {counted(len(waiting), 'prompt')} to its endpoint")
         bar = self._tracker.progress(total=len(waiting), initial=0, unit="prompt", description=f"answer: {model.name}")
 

@@ -228,6 +228,13 @@ def test_a_file_of_failed_requests_is_read(tmp_path: Path) -> None:
     assert loaded.answers["a", 0] == RecordedAnswer(None, MISSING) and loaded.answers["a", 1].response == "so"
     data = esi_data(None, file)
     assert data.responses == ["", "so"]
+    retried = [{"prompt": "Why?", "response": None}, {"prompt": "Why?", "response": "so"}]
+    for rows in (retried, retried[::-1]):
+        loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", "Why?")])
+        assert loaded.answers["a", 0].response == "so"
+    timeouts = [{"prompt": "Why?", "response": None, "excluded": reason} for reason in ("timeout", "HTTP 500")]
+    loaded = load_answers(file_of(tmp_path, timeouts), FIELD, "m", [question_set("a", "Why?")])
+    assert loaded.answers["a", 0] == RecordedAnswer(None, "HTTP 500")
 
 
 def test_goals_of_others_that_esi_does_not_read_are_remarked_on(tmp_path: Path) -> None:
@@ -266,11 +273,12 @@ def test_a_thought_beside_an_answer_is_joined_to_it(tmp_path: Path) -> None:
         {"prompt": "d", "response": "so", "reasoning": " ", "reasoning_content": None},
         {"prompt": "e", "response": whole, "reasoning": "Hm."},
         {"prompt": "f", "response": None, "reasoning": "Hm."},
+        {"prompt": "g", "response": None, "reasoning": "Hm.", "cut": False},
     ]
-    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", *"abcdef")])
-    texts = [loaded.answers["a", number].response for number in range(6)]
+    loaded = load_answers(file_of(tmp_path, rows), FIELD, "m", [question_set("a", *"abcdefg")])
+    texts = [loaded.answers["a", number].response for number in range(7)]
     joined = "<think>\nHm.\n</think>\n\nso"
-    assert texts == [joined, joined, "<think>\nHm.", "so", whole, "<think>\nHm."]
+    assert texts == [joined, joined, "<think>\nHm.", "so", whole, "<think>\nHm.", "<think>\nHm."]
 
 
 class Rows:

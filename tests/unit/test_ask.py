@@ -84,6 +84,12 @@ def test_answers_are_written_in_order_and_cut_ones_are_marked(server: Server, tm
     assert len(load_responses(str(tmp_path / "o.jsonl"))) == 7
 
 
+def test_penalties_that_are_switched_off_are_told(server: Server, tmp_path: Path, capsys) -> None:
+    server.models, server.owner = ["m"], "vllm"
+    assert ask(server, tmp_path, ["one"]) == 0
+    assert capsys.readouterr().out.count("are switched off") == 1 and server.seen[-1][2]["repetition_penalty"] == 1
+
+
 def test_what_is_there_is_not_asked_again(server: Server, tmp_path: Path, capsys) -> None:
     assert ask(server, tmp_path, ["one", "silent", "five"]) == 2
     shown = capsys.readouterr()

@@ -417,6 +417,10 @@ def test_a_perturbation_says_what_was_read_judged_and_compared(report: dict, tmp
     assert "2 × &lt;script&gt;" in page and '<td>guard</td><td class="facts">g</td><td>above 0.5</td>' in page
     shown = perturbation.closing_table(report)
     assert shown.count("(against noise 0)") == 1 and "p 0.0123, – (against noise 0)" in shown
+    earlier = json.loads(json.dumps(report))
+    for point in earlier["curves"]:
+        del point["p_values"]  # of a version that did not compare
+    assert "(against noise 0)" not in perturbation.closing_table(earlier) and "0.0123" not in render(earlier)
     with Tracker(tmp_path, enabled=True, tensorboard=True, stage="perturb") as tracker:
         perturbation.publish(tracker, report)
     assert "changes/text_summary" in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["tensors"]

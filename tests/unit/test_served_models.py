@@ -42,6 +42,10 @@ def ask(model: ServedModel, folder: Path, cases: list[str]) -> list[AnswerRow]:
     return answers.sort(("m", "a", number) for number in range(len(cases)))
 
 
+def one_case(case: str) -> QuestionSet:
+    return QuestionSet("a", "harmful", PromptSet((f"CASE {case};",), "p", "f", ()))
+
+
 def test_every_prompt_has_a_row_and_is_asked_once(server: Server, tmp_path: Path) -> None:
     rows = ask(model_at(server), tmp_path, ["one", "cut", "silent", "slow", "400", "503 once", "null", "five"])
     assert [row["response"] is None for row in rows] == [False, False, True, False, True, False, True, False]
@@ -61,9 +65,19 @@ def test_every_prompt_has_a_row_and_is_asked_once(server: Server, tmp_path: Path
 def test_a_model_s_own_penalties_are_turned_off(server: Server, tmp_path: Path, owner: str, extra, sent) -> None:
     """vLLM takes them from generation_config.json; OpenAI refuses keys that it does not know."""
     server.models, server.owner = ["m"], owner
-    ask(model_at(server, extra=extra), tmp_path, ["one"])
-    body = server.seen[-1][2]
-    assert body.get("repetition_penalty") == sent and body.get("presence_penalty") == (0 if sent else None)
+    tracker = Tracker(tmp_path, enabled=False, tensorboard=False, stage="eval", monitor=[])
+    model = model_at(server, extra=extra)
+    AnswerRounds(model, Ledger(tmp_path / "a.jsonl", ("index",), AnswerRow), tracker).ask([one_case("one")])
+    assert len(tracker.remarks) == (sent is not None) and all("are switched off" in text for text in tracker.remarks)
+    section = EvalRubric(kind="rubric", model="m", template="{prompt} and {response}")
+    judge = PreparedEndpoint("j", "eval.judges.0", section, model.endpoint)
+    (row,) = unanswered_rows("m", [one_case("five")], 1)
+    VerdictRounds(judge, Ledger(tmp_path / "v.jsonl", VERDICT_KEY, VerdictRow), tracker).ask(
+        [UnjudgedAnswer(row, "so")]
+    )
+    assert len(server.seen) == 2
+    for _, _, body in server.seen:
+        assert body.get("repetition_penalty") == sent and body.get("presence_penalty") == (0 if sent else None)
 
 
 def test_thoughts_that_a_server_gives_apart(server: Server, tmp_path: Path) -> None:

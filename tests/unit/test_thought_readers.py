@@ -324,6 +324,7 @@ def test_esi_tells_of_thoughts_that_an_attack_may_have_dictated(dictated: str) -
         cleaned = clean_responses(inputs, [[1]] * 4, responses)[0]
         note = thoughts_note(inputs, cleaned)
         assert note is not None and note.startswith("1 of the 3 responses hold") and words in note
+        assert ("model.thought_marks" in note) is (marks == MARKS)  # which would name them
         assert thoughts_note(inputs, cleaned[:2]) is None
         assert thoughts_note(replace(inputs, reads="both"), cleaned) is None
 

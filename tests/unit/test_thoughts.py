@@ -21,9 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from esi_ds.data.chat import encode_prompt, special_strings
 from esi_ds.data.prompts import load_responses
-from esi_ds.data.thoughts import HARMONY as HARMONY_MARKS
 from esi_ds.data.thoughts import (
-    IN_WORDS,
+    APRIEL,
     MARKS,
     UNFINISHED,
     Piece,
@@ -36,6 +35,7 @@ from esi_ds.data.thoughts import (
     spans_in_text,
     whole_response,
 )
+from esi_ds.data.thoughts import HARMONY as HARMONY_MARKS
 from esi_ds.eval.classifiers import SequenceJudge, judge_pairs
 from esi_ds.eval.coherence import EMPTY, incoherence
 from esi_ds.eval.endpoint import Reply
@@ -91,7 +91,7 @@ LEADING = {
     "and another": "<analysis>First.</analysis><think>{}</think>{}",
 }
 OPEN = {
-    **{opening: opening + "{}" for opening, _ in MARKS if opening not in IN_WORDS},
+    **{opening: opening + "{}" for opening, _ in MARKS if opening != APRIEL[0]},
     "analysis": "<analysis>{}",
     "scratchpad, twice": "<scratchpad>a</scratchpad> <scratchpad>{}",
     "a second thought": "<think>a</think>" + COMPLIES + "<think>{}",
@@ -205,6 +205,14 @@ def test_a_user_s_pair_of_marks() -> None:
     tokenizer.chat_template = CHAT.replace("<|assistant|>\n", "<|assistant|>[[ponder]]\n")
     assert opening_mark(tokenizer, encode_prompt(tokenizer, "Why?", None), marks) == "[[ponder]]"
     assert final_answer(f"{PONDERS}[[/ponder]]{COMPLIES}", "[[ponder]]", marks) == COMPLIES
+
+
+def test_a_user_s_pair_of_marks_may_be_one_of_our_own() -> None:
+    """An answer may begin with these words, unless the user says that they are a mark."""
+    cut = f"{APRIEL[0]}\n{PONDERS}"
+    assert parts(cut).answer == [(0, len(cut))] and parts(cut, None, marks_with(APRIEL)).answer is None
+    assert parts(PONDERS, APRIEL[0]).answer is None
+    assert final_answer(f"{cut}\n{APRIEL[1]}\n{COMPLIES}", None, marks_with(APRIEL)) == COMPLIES
 
 
 @pytest.mark.parametrize("text", ["", "  \n", REFUSES, " spaces stay \n", "analysis of a text", "1 < 2 <b>think</b>"])
@@ -513,6 +521,21 @@ def test_esi_reads_a_response_behind_a_prompt_that_opens_a_thought() -> None:
     assert tokenizer.decode(alone.prompt_ids) == f"{asked}\n</think>\n\n"
     assert tokenizer.decode(alone.response.ids) == REFUSES and not alone.muted
     assert alone.ids == tokenizer(f"{asked}\n</think>\n\n{REFUSES}", add_special_tokens=False)["input_ids"]
+
+
+def test_esi_reads_an_answer_to_gpt_oss_in_its_channel() -> None:
+    """The model cannot write one outside of it; what holds marks is read as it is."""
+    tokenizer = thinking_tokenizer("gptoss")
+    whole = HARMONY.format(PONDERS, REFUSES)
+    responses = [REFUSES, whole, f"analysis{PONDERS}assistantfinal{REFUSES}"]
+    inputs = esi_inputs(tokenizer, sentencepiece_tokenizer(), responses)
+    prompt = encode_prompt(tokenizer, "Why?", None)
+    cleaned, _ = clean_responses(inputs, [prompt] * 3, responses)
+    assert [response.lead for response in cleaned] == ["<|channel|>final<|message|>", "", ""]
+    examples, _ = encode_examples(inputs, [prompt] * 3, ["Why?"] * 3, cleaned, 8)
+    assert tokenizer.decode(examples[0].ids).endswith(f"<|start|>assistant<|channel|>final<|message|>{REFUSES}")
+    generated = replace(inputs, data=PromptData([], None, {}, []))
+    assert clean_responses(generated, [prompt], [REFUSES])[0][0].lead == ""
 
 
 def test_marks_in_the_thought_stay_tokens_and_special_tokens_in_the_answer_do_not() -> None:

@@ -38,6 +38,7 @@ from esi_ds.data.prompts import PromptSet, load_responses, load_section, questio
 from esi_ds.data.rows import Row, looks_like_file
 from esi_ds.data.thought_rows import ThoughtTemplate
 from esi_ds.data.thoughts import (
+    CHANNEL,
     MARKS,
     NO_THOUGHT,
     UNFINISHED,
@@ -433,15 +434,15 @@ def clean_responses(
 
     prompt_ids: of each prompt, or why it has none. Marks of thoughts stay whole outside of what the judge reads: the
     model must read its thought as it wrote it. Responses from a file or an endpoint may come without their thoughts,
-    or with the mark that the prompt ends with, which is left out.
+    or with the mark that the prompt ends with, which is left out. Those to gpt-oss may come without their channel.
     """
     cleaned, total = list[CleanResponse](), 0
     for ids, response in zip(prompt_ids, responses, strict=True):
         prompt = "" if isinstance(ids, str) else prompt_end(inputs.tokenizer, ids)
         opening, text, lead = opening_in(prompt, inputs.marks), response, ""
-        if opening is not None and not inputs.data.are_generated:
+        if not inputs.data.are_generated:
             text = continuation(response, prompt, inputs.marks)
-            if text == response:
+            if text == response and (opening is not None or CHANNEL in inputs.before_answer):
                 opening = None
                 lead = "" if has_marks(response, inputs.marks) else inputs.before_answer
         clean, count = _clean_response(text, parts(text, opening, inputs.marks), inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from esi_ds.config import Config
 from esi_ds.config.needs import require_eval
 from esi_ds.data.turns import Prompt, prompt_text
-from esi_ds.eval.asking import is_same_model
+from esi_ds.eval.asking import is_same_model, without_penalties
 from esi_ds.eval.classifiers import ModelJudge, NextWordJudge, SequenceJudge, TokenJudge, length_batches
 from esi_ds.eval.endpoint import ONCE_IT_WORKS, Reply
 from esi_ds.eval.refusals import judge_by_words
@@ -152,9 +152,11 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
     def ask(self, questions: Sequence[UnjudgedAnswer]) -> None:
         """Add a verdict for every question; those that the endpoint did not reply to are left to a restart.
 
-        Collectives: a broadcast and a gather for each chunk, and three broadcasts. Raises Interrupted.
+        Collectives: a broadcast and a gather for each chunk, and four broadcasts. Raises Interrupted.
         """
         judge = self._judge
+        extra = runtime.from_main(lambda: without_penalties(judge.endpoint).extra)
+        self.endpoint = replace(judge.endpoint, extra=extra)
         bar = _progress(judge, len(questions), 0, self._tracker)
 
         def on_chunk(chunk: Sequence[UnjudgedAnswer], num_done: int) -> None:
