@@ -8,13 +8,14 @@ ask its model other prompts than it began with.
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
 from esi_ds.artifacts import RunFolder
 from esi_ds.config import Config, Model, begun_config
-from esi_ds.errors import UserError
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.models import hub
 from esi_ds.models.native import computes_bf16
 from esi_ds.zero import runtime
@@ -75,15 +76,17 @@ def _begun_model(config: Config) -> Model | None:
 
 def check_same_on_all_ranks(config: Config) -> None:
     """Raise UserError, on every rank, if ranks have chosen different types, because their hosts differ, or different
-    days, around midnight or because their time zones differ. One gather."""
+    days, because their time zones differ; Interrupted if midnight has passed between them. One gather."""
     remedies = {
         "dtype": "name the type for all ranks to compute in",
         "date": "name the day for chat templates to write",
     }
     local = {key: getattr(config.model, key) for key in remedies}
-    (first, host), *others = runtime.gather_objects((local, socket.gethostname()))
-    for chosen, other in others:
+    (first, zone, host), *others = runtime.gather_objects((local, time.localtime().tm_gmtoff, socket.gethostname()))
+    for chosen, other_zone, other in others:
         for key, remedy in remedies.items():
             if chosen[key] != first[key]:
+                if key == "date" and zone == other_zone:
+                    raise Interrupted("midnight passed while the ranks started; start again, on one day")
                 problem = f"is {first[key]} on {host} and {chosen[key]} on {other}"
                 raise UserError(f"model.{key}", "auto", problem, remedy)

@@ -97,7 +97,7 @@ def test_emulated_bf16_is_warned_of(
 def test_ranks_of_unlike_hosts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_same_on_all_ranks(config(tmp_path, "bf16"))  # a group of one
     chosen = [("bf16", "new"), ("bf16", "new"), ("fp32", "old")]
-    gathered = [({"dtype": dtype, "date": "2026-11-28"}, host) for dtype, host in chosen]
+    gathered = [({"dtype": dtype, "date": "2026-11-28"}, 0, host) for dtype, host in chosen]
     monkeypatch.setattr(runtime, "gather_objects", lambda mine: gathered)
     with pytest.raises(UserError, match=r"model.dtype.*is bf16 on new and fp32 on old; name the type"):
         check_same_on_all_ranks(config(tmp_path, "bf16"))

@@ -39,6 +39,7 @@ from study.real.grid import ROOT, Cell, Folders, Plan, Step, read_grid
 from study.real.grid import Set as MethodsOfSet
 from study.real.model_digests import model_digests
 from study.real.page import (
+    AGAINST_CONTROL,
     WhereTables,
     compared,
     mean_of,
@@ -954,5 +955,6 @@ def test_pages_are_written_beside_the_cells_unless_a_folder_is_named(plan: Plan,
 
 def test_every_number_of_prompts_has_a_row_of_overlaps(plan: Plan) -> None:
     where = plan.grid.where.model_dump()
+    assert tuple(where["against_control"]) == AGAINST_CONTROL
     rows = {row["what"] for row in overlap_rows(Masks([], Path(), "soft", 64), plan.models, (0, 1, 2), where)}
     assert rows >= {f"esi: {count} prompts" for count in where["counts"] if count > 64}

@@ -16,7 +16,7 @@ from esi_ds.artifacts import RunFolder
 from esi_ds.config import Model, validate
 from esi_ds.data.chat import encode_prompt, load_chat_tokenizer, with_template
 from esi_ds.data.template_values import set_values, unread_values, without_values
-from esi_ds.errors import UserError
+from esi_ds.errors import Interrupted, UserError
 from esi_ds.models.folder import ModelSource
 from esi_ds.stages import begun
 from esi_ds.stages.begun import check_same_on_all_ranks, with_date
@@ -211,12 +211,21 @@ def test_what_is_not_a_day_is_refused(day: str) -> None:
         validate({"run": {"output_dir": "x"}, "model": {"path": "a", "date": day}})
 
 
-def test_ranks_on_two_sides_of_midnight_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("zone", "error", "said"),
+    [
+        (0, Interrupted, "midnight passed while the ranks started"),  # a batch script starts the job again
+        (3600, UserError, "model.date = auto: is 2026-11-28 on a and 2026-11-29 on b; name the day"),
+    ],
+)
+def test_ranks_on_two_sides_of_midnight_do_not_run(
+    monkeypatch: pytest.MonkeyPatch, zone: int, error: type[Exception], said: str
+) -> None:
     config = validate({"run": {"output_dir": "x"}, "model": {"path": "a", "date": "2026-11-28"}})
     check_same_on_all_ranks(config)  # a group of one
-    others = [({"dtype": config.model.dtype, "date": "2026-11-29"}, "b")]
-    monkeypatch.setattr(runtime, "gather_objects", lambda item: [(item[0], "a"), *others])
-    with pytest.raises(UserError, match="model.date = auto: is 2026-11-28 on a and 2026-11-29 on b; name the day"):
+    others = [({"dtype": config.model.dtype, "date": "2026-11-29"}, zone, "b")]
+    monkeypatch.setattr(runtime, "gather_objects", lambda item: [(item[0], 0, "a"), *others])
+    with pytest.raises(error, match=said):
         check_same_on_all_ranks(config)
 
 
