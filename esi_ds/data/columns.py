@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from esi_ds.errors import UserError
@@ -334,26 +335,32 @@ def is_learnt(marks: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     for name, value in marks.items():
         if name in (*names, *NOT_LEARNT):
             continue
-        is_mark = _is_other_weight if WEIGHT_MARK.fullmatch(name) else _is_yes_or_no
-        if (WEIGHT_MARK.fullmatch(name) or LEARNING_MARK.fullmatch(name)) and is_mark(value):
+        if WEIGHT_MARK.fullmatch(name):
+            is_mark = _is_other_weight(value)
+        else:
+            is_mark = LEARNING_MARK.fullmatch(name) is not None and _is_yes_or_no(value)
+        if is_mark:
             raise UnreadableRow(f"it has {name}, which may say what is learnt and is not read")
     return values.pop() if values else None
 
 
 def _is_yes_or_no(value: Any) -> bool:
     """Whether a value is yes or no, or one of them for each token or turn."""
-    return all(yes_or_no(part) is not None for part in (value if isinstance(value, list) else [value]))
+    return all(yes_or_no(part) is not None for part in _listed(value))
 
 
 def _is_other_weight(value: Any) -> bool:
     """Whether a value is a weight other than 1, or has one among those of its tokens or turns; text is not ("2 kg")."""
-    for part in value if isinstance(value, list) else [value]:
-        try:
+    for part in _listed(value):
+        with suppress(TypeError, ValueError):
             if float(part) != 1:
                 return True
-        except (TypeError, ValueError):
-            continue
     return False
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of the values of tokens or turns as it is, and one value alone as a list."""
+    return value if isinstance(value, list) else [value]
 
 
 def unsafe_answer(row: Mapping[str, Any]) -> str | None:

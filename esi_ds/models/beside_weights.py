@@ -33,8 +33,8 @@ TOKEN_MAPS = frozenset(("special_tokens_map.json", "added_tokens.json"))
 UNCOMPUTED = re.compile(
     r"_.*|.*_token_id|.*dropout(?:_prob|_rate)?|.*_pdrop|.*layerdrop|(?:torch_)?dtype|transformers_version|architectures"
     r"|use_cache|quantization_config|output_.*|return_dict|gradient_checkpointing|.*aux_loss.*|auto_map|tokenizer_class"
-    r"|pretraining_tp|initializer_range|.*_version|use_mamba_kernels|id2label|label2id|num_labels|problem_type|finetuning_task"
-    r"|task_specific_params"
+    r"|pretraining_tp|initializer_range|.*_version|use_mamba_kernels|id2label|label2id|num_labels|problem_type"
+    r"|finetuning_task|task_specific_params"
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -32,6 +32,11 @@ class EndpointRounds(ABC, Generic[Question, Row]):
     patience: Patience = field(default_factory=lambda: Patience(should_stop=stop_requested), kw_only=True)
     failed: list[Row] = field(default_factory=list, init=False)
     last_problem: str = field(default="", init=False)
+
+    def settle(self, endpoint: Endpoint, as_asked: Callable[[Endpoint], Endpoint]) -> None:
+        """Take the endpoint with the ``extra`` that ``as_asked`` gives it on rank 0, which may ask the server. Its key
+        stays out of the broadcast. One broadcast. Raises UserError of ``as_asked`` on every rank."""
+        self.endpoint = replace(endpoint, extra=runtime.from_main(lambda: as_asked(endpoint).extra))
 
     @abstractmethod
     def ask_chunk(self, chunk: Sequence[Question], keep: Callable[[Row, Reply], None]) -> None:

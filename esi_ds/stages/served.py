@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from esi_ds.config import Model, ModelEndpoint
 from esi_ds.data.asked import changes_the_prompt
@@ -101,8 +102,7 @@ class AnswerRounds(EndpointRounds[AnswerRow, AnswerRow]):
         asked = asked_of(model.endpoint, model.system_prompt, model.seed)
         for row in waiting if changes_the_prompt(asked) else ():
             row["asked"] = asked
-        extra = runtime.from_main(lambda: check_served(model.endpoint, model.field).extra)
-        self.endpoint = replace(model.endpoint, extra=extra)
+        self.settle(model.endpoint, partial(check_served, field=model.field))
         if self.endpoint != model.endpoint:
             self._tracker.remark(f"{model.name}: {PENALTIES_OFF}")
         self._tracker.log(f"{model.name}: {counted(len(waiting), 'prompt')} to its endpoint")

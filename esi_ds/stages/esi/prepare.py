@@ -159,9 +159,14 @@ class PromptInputs:
     name: Literal["safety", "control"] = "safety"
 
     @cached_property
+    def thought_template(self) -> ThoughtTemplate:
+        """What the model's chat template does with thoughts."""
+        return ThoughtTemplate(self.tokenizer, self.marks)
+
+    @cached_property
     def before_answer(self) -> str:
         """What stands between a prompt and an answer without a thought."""
-        return ThoughtTemplate(self.tokenizer, self.marks).before_answer()
+        return self.thought_template.before_answer()
 
     @property
     def prefix(self) -> str:
@@ -477,7 +482,7 @@ def thoughts_note(inputs: PromptInputs, responses: Sequence[CleanResponse]) -> s
     """``unread_note`` of the responses to harmful prompts."""
     if inputs.judge is None or inputs.reads != "answer" or inputs.name != "safety":
         return None
-    thinks = inputs.marks != MARKS or ThoughtTemplate(inputs.tokenizer).thinks
+    thinks = inputs.marks != MARKS or inputs.thought_template.thinks
     finished = [response for response in responses if response.read is not None and response.text]
     return unread_note([has_thought(response.text, response.parts) for response in finished], "responses", thinks)
 

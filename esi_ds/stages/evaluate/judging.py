@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -155,8 +155,7 @@ class VerdictRounds(EndpointRounds[UnjudgedAnswer, VerdictRow]):
         Collectives: a broadcast and a gather for each chunk, and four broadcasts. Raises Interrupted.
         """
         judge = self._judge
-        extra = runtime.from_main(lambda: without_penalties(judge.endpoint).extra)
-        self.endpoint = replace(judge.endpoint, extra=extra)
+        self.settle(judge.endpoint, without_penalties)
         bar = _progress(judge, len(questions), 0, self._tracker)
 
         def on_chunk(chunk: Sequence[UnjudgedAnswer], num_done: int) -> None:

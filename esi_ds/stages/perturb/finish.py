@@ -84,13 +84,13 @@ def curves(measures: Sequence[Measure], cells: Sequence[NoiseCell], changes: Seq
             names |= {noise: [cell.name for cell in curve if cell.noise == noise] for noise in {c.noise for c in curve}}
             for noise in sorted(names):
                 seeds = [by_model[measure, set_name, judge, name] for name in names[noise]]
-                rows.append(_pooled(order, ratio, noise, seeds))
-                rows[-1]["p_values"] = [p_values.get((*seed.topic, seed.model)) for seed in seeds if noise]
+                by_seed = [p_values.get((*seed.topic, seed.model)) for seed in seeds if noise]
+                rows.append(_pooled(order, ratio, noise, seeds, by_seed))
     return rows
 
 
-def _pooled(order: str, ratio: float, noise: float, seeds: Sequence[Measure]) -> CurveRow:
-    """A point of a curve. seeds: what is counted of its cells, one per seed."""
+def _pooled(order: str, ratio: float, noise: float, seeds: Sequence[Measure], p_values: list[float | None]) -> CurveRow:
+    """A point of a curve. seeds: what is counted of its cells, one per seed. p_values: of the seeds against noise 0."""
     measure, set_name, judge = seeds[0].topic
     whole = replace(
         seeds[0],
@@ -113,5 +113,5 @@ def _pooled(order: str, ratio: float, noise: float, seeds: Sequence[Measure]) ->
         "rate": pooled["rate"],
         "missing": pooled["missing"],
         "by_seed": [seed.as_row()["rate"] for seed in seeds],
-        "p_values": [],
+        "p_values": p_values,
     }
