@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from esi_ds import shipped
 from esi_ds.artifacts import RunFolder, append_jsonl, read_jsonl, replace_folder
 from esi_ds.config import Config, differences, load_config, resolved_yaml, validate
 from esi_ds.config.needs import check_mix, require_esi, require_tune, unread_benign, unread_of_eval
@@ -71,20 +70,6 @@ def test_overrides_reach_into_lists(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             load_config(str(file), [override])
-
-
-def test_a_changed_copy_of_a_recipe_is_never_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``esi-ds recipes copy`` wrote, named without its suffix; a folder of that name is no config."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "llama3-8b").mkdir()
-    assert load_config("llama3-8b", []).select.ratio == 0.01
-    copied = tmp_path / "llama3-8b.yaml"
-    copied.write_text(shipped.recipe("llama3-8b").read_text())
-    assert load_config("llama3-8b", []).select.ratio == 0.01
-    copied.write_text(copied.read_text().replace("ratio: 0.01", "ratio: 0.5"))
-    with pytest.raises(UserError, match="--config llama3-8b.yaml"):
-        load_config("llama3-8b", [])
-    assert load_config("llama3-8b.yaml", []).select.ratio == 0.5
 
 
 def test_the_whole_contract_parses() -> None:

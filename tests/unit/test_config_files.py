@@ -47,14 +47,24 @@ def test_a_file_of_another_recipe_is_not_a_copy_of_this_one(folder: Path, name: 
     assert load_config(name, []) == load_config(str(shipped.recipe(name)), [])
 
 
-def test_a_changed_copy_is_not_passed_over(folder: Path) -> None:
-    copies = (("llama3-8b.yaml", "llama3-8b"), ("esi.yaml", "tutorial/esi"), ("configs/paper/esi.yaml", "paper/esi"))
-    for copied, name in copies:
-        (folder / copied).parent.mkdir(parents=True, exist_ok=True)
-        (folder / copied).write_text(shipped.recipe(name).read_text() + "\n")
-        with pytest.raises(UserError, match=f"{copied} here may be a changed copy of it"):
+def test_a_changed_copy_of_a_recipe_is_never_passed_over(folder: Path) -> None:
+    """What ``esi-ds recipes copy`` wrote, named without its suffix; a folder of that name is no config."""
+    (folder / "llama3-8b").mkdir()
+    assert load_config("llama3-8b", []).select.ratio == 0.01
+    for copied, name in (
+        ("llama3-8b.yaml", "llama3-8b"),
+        ("esi.yaml", "tutorial/esi"),
+        ("configs/paper/esi.yaml", "paper/esi"),
+    ):
+        file, recipe = folder / copied, shipped.recipe(name).read_text()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(recipe)
+        assert load_config(name, []) == load_config(copied, [])
+        file.write_text(recipe.replace("ratio: 0.01", "ratio: 0.5"))
+        with pytest.raises(UserError, match=f"{copied} here may be a changed copy of it; give --config {copied}"):
             load_config(name, [])
-        (folder / copied).unlink()
+        assert load_config(copied, []).select.ratio == 0.5
+        file.unlink()
 
 
 def test_single_values_that_need_no_list_and_no_kind(folder: Path) -> None:
