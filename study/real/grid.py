@@ -27,6 +27,11 @@ def shuffled_judge_name(draw: int) -> str:
     return f"{SHUFFLED}-{draw}" if draw else SHUFFLED
 
 
+def part_name(prompts: str, seed: int, count: int | None = None) -> str:
+    """The part of a set of prompts that a seed has; count: of prompts, where it is not that of a seed."""
+    return f"{prompts}-s{seed}" + (f"-n{count}" if count is not None else "")
+
+
 def shuffled_cell(judge: str) -> str:
     """The cell that trains a judge on shuffled labels."""
     return f"judge/{judge.removeprefix('judge-')}"
@@ -167,7 +172,6 @@ class Cell:
     """Steps that are run one after the other in the folder ``name``, after the cells of ``after``.
 
     like: cells of the same word take the same time. facts: what tells this cell from others, for the tables.
-    joined: cells whose responses are written, one after another, to this cell's ``responses.jsonl`` first.
     drops: folders that are deleted once all steps are done.
     """
 
@@ -176,7 +180,6 @@ class Cell:
     steps: tuple[Step, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
-    joined: tuple[str, ...] = ()
     drops: tuple[str, ...] = ()
 
     @property
@@ -218,6 +221,12 @@ class Plan:
             "model": {"path": str(self.folders.models / model), "dtype": self.size.dtype},
             "deepspeed": "zero3",
         }
+
+    def larger_parts(self) -> dict[int, list[int]]:
+        """Numbers of prompts above a seed's, rising → seeds that have so many: one of the largest number, and of a
+        smaller one two, where the largest holds both without a prompt in common."""
+        larger = sorted(count for count in self.grid.where.counts if count > self.size.prompts)
+        return {count: self.size.seeds[: min(2, larger[-1] // count)] for count in larger}
 
     @property
     def shuffled_judges(self) -> tuple[str, ...]:

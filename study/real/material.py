@@ -1,6 +1,6 @@
 """The study's files of prompts and rows, from the data sets of docs/real_models.md and a few more.
 
-No harmful prompt is in the parts of two seeds. The same data give the same bytes.
+No harmful prompt is in the parts of two seeds, but for the larger parts. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from real_models.pairs import complies
 from real_models.questions import DAILY, filled
 from real_models.recipe import BASE, spaced
 from real_models.sources import Data, Lookup, Pair, of_split
-from study.real.grid import BENIGN, BENIGN_LOSS, HARMFUL, Plan
+from study.real.grid import BENIGN, BENIGN_LOSS, HARMFUL, Plan, part_name
 
 LONGEST = 300  # characters of a prompt; a few harmful ones have ten times as many, and a batch is padded to its longest
 POISON = 0.1  # share of harmful rows with a compliant answer in the poisoned task
@@ -93,10 +93,17 @@ def prompt_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
     """File name → rows, of the cells that ask where the weights lie."""
     size, files, harmful, benign = plan.size, dict[str, list[Row]](), attacks(data), benign_pairs(data)
     for number, seed in enumerate(size.seeds):
-        files[f"{HARMFUL}-s{seed}"] = part(harmful[HARMFUL], number, size.prompts, HARMFUL)
+        files[part_name(HARMFUL, seed)] = part(harmful[HARMFUL], number, size.prompts, HARMFUL)
         pairs = part(benign, number, size.prompts, BENIGN)
         files[f"{BENIGN}-s{seed}"] = [{"prompt": prompt} for prompt, _ in pairs]
         files[f"{BENIGN_LOSS}-s{seed}"] = [{"prompt": prompt, "response": answer} for prompt, answer in pairs]
+    larger = plan.larger_parts()
+    if (available := len(harmful[HARMFUL])) < max(larger, default=0):
+        remedy = "take a smaller number in where.counts of study/real.yaml"
+        raise UserError("--data", HARMFUL, f"has {available} short prompts, fewer than {max(larger)}", remedy)
+    for count, seeds in larger.items():
+        for number, seed in enumerate(seeds):
+            files[part_name(HARMFUL, seed, count)] = part(harmful[HARMFUL], number, count, HARMFUL)
     for name in plan.grid.where.other_prompts:
         files[f"{name}-s{size.seeds[0]}"] = part(harmful[name], 0, size.prompts, name)
     return files

@@ -226,7 +226,6 @@ class Runner:
         record["models"] = model_digests(self.plan)
         steps: dict[str, Any] = record.setdefault("steps", {})
         write_json_atomic(folder / RECORD, record)
-        self.join(cell, folder)
         for step in cell.steps:
             if step.stage in steps:
                 continue
@@ -247,12 +246,6 @@ class Runner:
         total = sum(step["seconds"] for step in steps.values())
         write_json_atomic(folder / RECORD, {**record, "state": "done", "seconds": round(total, 1)})
         return Outcome(cell.name, "done", total)
-
-    def join(self, cell: Cell, folder: Path) -> None:
-        """Write the responses of other cells, one after another, to this cell's ``responses.jsonl``."""
-        if cell.joined:
-            files = [self.plan.folders.output / name / "esi/responses.jsonl" for name in cell.joined]
-            write_text_atomic(folder / "responses.jsonl", "".join(file.read_text(encoding="utf-8") for file in files))
 
 
 def counts(outcomes: Sequence[Outcome]) -> Mapping[State, int]:

@@ -16,6 +16,7 @@ from study.real.grid import (
     Cell,
     Plan,
     Step,
+    part_name,
     shuffled_cell,
 )
 
@@ -31,8 +32,7 @@ def shuffled_judge(plan: Plan, judge: str, data: tuple[str, ...]) -> Cell:
 
 def name_of(model: str, prompts: str, seed: int, judge: str, estimator: str, count: int | None = None) -> str:
     """The cell's name; count: of prompts, where it is not that of a seed."""
-    number = f"-n{count}" if count is not None else ""
-    return f"where/{model}/{prompts}-s{seed}{number}/{judge.removeprefix('judge-')}-{estimator}"
+    return f"where/{model}/{part_name(prompts, seed, count)}/{judge.removeprefix('judge-')}-{estimator}"
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,20 @@ class WhereCells:
             yield self.cell(model, seed, Objective(prompts, CLASSIFIER, self.main))
 
     def numbers(self, model: str, seeds: list[int]) -> Iterator[Cell]:
-        """The main estimator on fewer prompts of every seed, and on those of several seeds together."""
+        """The main estimator on fewer prompts of every seed; on the largest number, which is answered once, and on
+        parts of it."""
         each = self.size.prompts
         for count in self.where.counts:
             if count < each:
                 for seed in seeds:
                     responses = self.answers(model, HARMFUL, seed)
                     yield self.cell(model, seed, Objective(HARMFUL, CLASSIFIER, self.main, responses, count))
-            elif count > each and count % each == 0 and count // each <= len(seeds):
-                joined = [self.answers(model, HARMFUL, seed) for seed in seeds[: count // each]]
-                yield self.joined(model, seeds[0], joined, count)
-
-    def joined(self, model: str, seed: int, joined: list[str], count: int) -> Cell:
-        """The main estimator on the responses of several seeds."""
-        name = name_of(model, HARMFUL, seed, CLASSIFIER, self.main, count)
-        objective = Objective(HARMFUL, CLASSIFIER, self.main, name, count)
-        cell = self.cell(model, seed, objective)
-        return Cell(cell.name, cell.like, cell.steps, cell.facts, tuple(joined), tuple(joined))
+        answers: str | None = None
+        for count, seeds_of_parts in reversed(self.plan.larger_parts().items()):
+            for seed in seeds_of_parts:
+                cell = self.cell(model, seed, Objective(HARMFUL, CLASSIFIER, self.main, answers, count))
+                yield cell
+                answers = answers or cell.name
 
     def cell(self, model: str, seed: int, objective: Objective) -> Cell:
         """One run of ESI."""
@@ -120,7 +117,7 @@ class WhereCells:
         name = name_of(model, o.prompts, seed, o.judge, o.estimator, o.count)
         config = self.plan.base_config(name, "esi", model, seed)
         config["judge"] = self.plan.judge(o.judge)
-        config["data"] = self.data(o, seed, is_joined=o.responses == name)
+        config["data"] = self.data(o, seed)
         config["esi"] = {
             "estimator": estimator.estimator,
             "samples": estimator.samples,
@@ -135,21 +132,22 @@ class WhereCells:
             criteria = [*criteria, *self.where.against_control]
             config["control"] = {"rows": {"path": str(self.plan.folders.data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
         config["select"] = {"criterion": criteria, "ratio": self.where.ratio}
-        needs = [o.responses] if o.responses not in (None, name) else []
+        needs = [o.responses] if o.responses is not None else []
         needs += [shuffled_cell(o.judge)] if o.judge in self.plan.shuffled_judges else []
         like = f"where {o.estimator} n{o.count or self.size.prompts}{'' if o.responses else ', answers'}"
         facts = {"model": model, "prompts": o.prompts, "seed": seed, "judge": o.judge, "estimator": o.estimator}
         facts |= {"count": o.count or self.size.prompts}
-        return Cell(name, like, (Step("esi", config),), facts, tuple(str(need) for need in needs))
+        return Cell(name, like, (Step("esi", config),), facts, tuple(needs))
 
-    def data(self, objective: Objective, seed: int, is_joined: bool) -> dict[str, Any]:
-        """The prompts, or the responses of another cell, of which the first ``count`` are read."""
-        folders = self.plan.folders
-        prompts: dict[str, Any] = {"path": str(folders.data / f"{objective.prompts}-s{seed}.jsonl")}
+    def data(self, objective: Objective, seed: int) -> dict[str, Any]:
+        """The prompts, or the responses of another cell: all of them, or those to ``count`` prompts."""
+        folders, count = self.plan.folders, objective.count
+        is_more = count is not None and count > self.size.prompts
+        name = part_name(objective.prompts, seed, count if is_more else None)
+        prompts: dict[str, Any] = {"path": str(folders.data / f"{name}.jsonl")}
         if objective.responses is None:
             return {"prompts": prompts}
-        run = folders.output / objective.responses
-        if is_joined:
-            return {"responses": str(run / "responses.jsonl")}
-        responses = {"responses": str(run / "esi/responses.jsonl")}
-        return responses if objective.count is None else {"prompts": {**prompts, "limit": objective.count}, **responses}
+        responses = {"responses": str(folders.output / objective.responses / "esi/responses.jsonl")}
+        if count is None:
+            return responses
+        return {"prompts": prompts if is_more else {**prompts, "limit": count}, **responses}

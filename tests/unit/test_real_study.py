@@ -93,8 +93,21 @@ def test_every_estimator_has_its_three_controls(plan: Plan) -> None:
         config = dict(by_name[f"where/{model}/advbench-s{seed}/classifier-soft"].steps[0].config or {})
         assert config["control"]["rows"]["path"].endswith(f"benign-loss-s{seed}.jsonl")
     assert "where/smollm2/advbench-s2-n16/classifier-soft" in cells  # a part of the third seed's
-    joined = next(cell for cell in all_cells(plan, None) if "n128" in cell.name)
-    assert joined.after == joined.joined and len(joined.joined) == 2
+
+
+def test_the_largest_number_of_prompts_is_answered_once_and_cut_into_parts(plan: Plan) -> None:
+    assert plan.larger_parts() == {128: [0, 1], 256: [0, 1], 512: [0]}
+    by_name = {cell.name: cell for cell in all_cells(plan, None)}
+    whole = "where/smollm2/advbench-s0-n512/classifier-soft"
+    assert by_name[whole].after == ()
+    for part in ("s0-n128", "s1-n128", "s0-n256", "s1-n256"):
+        cell = by_name[f"where/smollm2/advbench-{part}/classifier-soft"]
+        data = dict(cell.steps[0].config or {})["data"]
+        assert cell.after == (whole,)
+        assert data == {
+            "prompts": {"path": str(plan.folders.data / f"advbench-{part}.jsonl")},
+            "responses": str(plan.folders.output / whole / "esi/responses.jsonl"),
+        }
 
 
 def test_draws_of_the_shuffled_judge_leave_the_first_as_it_was(plan: Plan, tmp_path: Path) -> None:
@@ -365,17 +378,6 @@ def test_a_runner_that_gets_a_sigkill_takes_its_command_with_it(tmp_path: Path) 
     assert log.read_text().endswith("saved\n")
 
 
-def test_responses_of_several_cells_are_joined(plan: Plan) -> None:
-    for name in "ab":
-        folder = plan.folders.output / f"where/{name}/esi"
-        folder.mkdir(parents=True)
-        (folder / "responses.jsonl").write_text(f'{{"prompt": "{name}", "response": "r"}}\n')
-    both = Cell("where/c", "x", (Step("esi", {}),), joined=("where/a", "where/b"))
-    start(plan, [both], Commands())
-    text = (plan.folders.output / "where/c/responses.jsonl").read_text()
-    assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["a", "b"]
-
-
 def test_cells_are_chosen_with_what_they_need(plan: Plan) -> None:
     cells = [cell("a"), cell("b", "where/a"), cell("c")]
     assert [one.name for one in with_needs(cells, ["where/b"])] == ["where/a", "where/b"]
@@ -397,7 +399,7 @@ def test_a_mistake_on_the_command_line_is_named(tmp_path: Path, capsys: pytest.C
 
 
 def test_no_prompt_is_in_two_seeds_and_other_rows_are_refused(plan: Plan, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(Data, "attacks", lambda self: [f"attack {i}" for i in range(300)])
+    monkeypatch.setattr(Data, "attacks", lambda self: [f"attack {i}" for i in range(520)])
     monkeypatch.setattr(Data, "tasks", lambda self: [(f"task {i}", "x") for i in range(200)])
     (tmp_path / material.FILES["strongreject"]).write_text("forbidden_prompt\n" + "\n".join(f"s{i}" for i in range(70)))
     behaviors = "Behavior,FunctionalCategory,ContextString\nb1,standard,\nb2,copyright,\nb3,contextual,text\n"
@@ -408,9 +410,14 @@ def test_no_prompt_is_in_two_seeds_and_other_rows_are_refused(plan: Plan, tmp_pa
     files = material.prompt_files(plan, Data(tmp_path))
     parts = [[row["prompt"] for row in files[f"advbench-s{seed}"]] for seed in (0, 1, 2)]
     assert [len(part) for part in parts] == [64, 64, 64] and len({prompt for part in parts for prompt in part}) == 192
+    whole, halves = files["advbench-s0-n512"], [files[f"advbench-s{seed}-n256"] for seed in (0, 1)]
+    assert halves[0] + halves[1] == whole and files["advbench-s0-n128"][:64] == files["advbench-s0"]
     assert {row["prompt"] for row in files["harmbench-s0"]} == {"b1", "text\n\nb3"}  # none asks for a copyrighted text
     assert files["benign-s0"][0] == {"prompt": "Do\n\nthis"} and files["benign-loss-s0"][0]["response"] == "done"
     assert [row["prompt"] for row in files["benign-loss-s1"]] == [row["prompt"] for row in files["benign-s1"]]
+    with monkeypatch.context() as fewer, pytest.raises(UserError, match="has 511 short prompts, fewer than 512"):
+        fewer.setattr(Data, "attacks", lambda self: [f"attack {i}" for i in range(511)])
+        material.prompt_files(plan, Data(tmp_path))
     # Of what tuned models are asked, nothing is nearly a prompt of the masks: StrongREJECT holds some of AdvBench's.
     (tmp_path / material.FILES["strongreject"]).write_text("forbidden_prompt\nattack 7 now\nattack 7\nanother one\n")
     monkeypatch.setattr(Data, "safe_prompts", lambda self: [f"safe {i}" for i in range(9)])
