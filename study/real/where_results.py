@@ -232,7 +232,8 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
         for count in (number for number in where["counts"] if number > masks.prompts):
             # The first part of a larger number holds the prompts of the first seed.
             add(f"esi: {count} prompts", model, [(masks.of(model, seeds[0]), masks.of(model, seeds[0], count=count))])
-            of_seeds(f"esi: other {count} prompts", model, count=count)
+            if 2 * count <= max(where["counts"]):  # two parts without a prompt in common
+                of_seeds(f"esi: other {count} prompts", model, count=count)
     both = [(masks.of(models[0], seed), masks.of(models[1], seed)) for seed in seeds]
     add("esi: aligned against untouched", "both", both)
     return rows
