@@ -1,6 +1,6 @@
 """The study's files of prompts and rows, from the data sets of docs/real_models.md and a few more.
 
-No harmful prompt is in the parts of two seeds, but for the larger parts. The same data give the same bytes.
+No harmful prompt is in two parts of one number of prompts. The same data give the same bytes.
 """
 
 from __future__ import annotations

@@ -125,20 +125,28 @@ def test_figures_that_are_the_tutorials_are_in_it() -> None:
 
 def test_claims_about_several_rows_follow_from_the_stored_figures() -> None:
     """No table has a row for them."""
-    first, remade = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("real", "remade/real"))
+    names = ("real", "remade/real", "epyc/real")
+    first, remade, latest = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     pages = (ROOT / "docs/results.md", RESULTS / "set.md")
     text, details = (" ".join(page.read_text().split()) for page in pages)  # whatever their lines
     rows = first["set"] + remade["set"]
     judged = ("unsafe", "unsafe (guard)", "over-refused")
+    assert {row["method"].split("-")[0] for row in latest["set"]} == {"random"}
     meet = [row["method"] for row in rows if all(row["report"][column][0] <= 0.1 for column in judged)]
     assert len(meet) == 2 and all(method.endswith("three-quarters-benign") for method in meet)
     assert "by the judges' verdicts two recipes do, both with three quarters benign rows" in text
-    least = min(row["report"]["over-refused"][0] for row in rows)
+    least = min(row["report"]["over-refused"][0] for row in rows + latest["set"])
     assert f"to {100 * least:.0f} % at least in every recipe" in text
     others = ("all-weights", "lora-1", "esi-three-quarters-benign")
     masks = [row for row in first["set"] if row["method"] not in others and row["report"]["over-refused"][0] < 0.18]
     least_loss = min(row["loss"]["gsm8k"] for row in masks)
     assert f"a loss of {least_loss:.2f} or more" in details
+    for method in ("random-quadruple-batch-three-fifths-benign", "random-quadruple-batch-more-lookalikes"):
+        seeds = [row["report"] for row in latest["set"] if row["method"] == method]
+        counts = [[round(80 * row[column][0]) for row in seeds] for column in ("not refused", "over-refused")]
+        (a, b, c), (d, e, f) = counts
+        assert f"{a}, {b} and {c} of 80 requests are not refused" in details
+        assert f"{d}, {e} and {f} over-refused" in details
     pair = ("judge-classifier", "judge-guard")
     kappas = [row["kappa"] for row in remade["agreements"] if (row["first"], row["second"]) == pair]
     assert f"a κ of {min(kappas):.2f} to {max(kappas):.2f}" in text
