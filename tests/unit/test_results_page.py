@@ -147,6 +147,9 @@ def test_claims_about_several_rows_follow_from_the_stored_figures() -> None:
         (a, b, c), (d, e, f) = counts
         assert f"{a}, {b} and {c} of 80 requests are not refused" in details
         assert f"{d}, {e} and {f} over-refused" in details
+        if "three-fifths" in method:
+            totals = f"leaves {a + b + c} of 240 requests unrefused and over-refuses {d + e + f} of 240"
+            assert totals in text
     pair = ("judge-classifier", "judge-guard")
     kappas = [row["kappa"] for row in remade["agreements"] if (row["first"], row["second"]) == pair]
     assert f"a κ of {min(kappas):.2f} to {max(kappas):.2f}" in text
