@@ -78,7 +78,7 @@ def collected(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "cells": [cell_row(cell, plan.folders) for cell in cells],
         "responses": judged(where, output),
         "where": where_tables([cell for cell in where if cell.facts["count"] == size.prompts], output),
-        "overlaps": overlap_rows(masks, plan.models, size.seeds, plan.grid.where.model_dump()),
+        "overlaps": overlap_rows(masks, plan.models, size.seeds, plan.grid.where.model_dump(), plan.larger_parts()),
         "base": bases,
         "agreements": agreement_rows(done, output),
         "rates": {name: method.rates for name, method in plan.grid.set.methods.items()},

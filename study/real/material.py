@@ -95,8 +95,8 @@ def prompt_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
     for number, seed in enumerate(size.seeds):
         files[part_name(HARMFUL, seed)] = part(harmful[HARMFUL], number, size.prompts, HARMFUL)
         pairs = part(benign, number, size.prompts, BENIGN)
-        files[f"{BENIGN}-s{seed}"] = [{"prompt": prompt} for prompt, _ in pairs]
-        files[f"{BENIGN_LOSS}-s{seed}"] = [{"prompt": prompt, "response": answer} for prompt, answer in pairs]
+        files[part_name(BENIGN, seed)] = [{"prompt": prompt} for prompt, _ in pairs]
+        files[part_name(BENIGN_LOSS, seed)] = [{"prompt": prompt, "response": answer} for prompt, answer in pairs]
     larger = plan.larger_parts()
     if (available := len(harmful[HARMFUL])) < max(larger, default=0):
         remedy = "take a smaller number in where.counts of study/real.yaml"
@@ -105,7 +105,7 @@ def prompt_files(plan: Plan, data: Data) -> dict[str, list[Row]]:
         for number, seed in enumerate(seeds):
             files[part_name(HARMFUL, seed, count)] = part(harmful[HARMFUL], number, count, HARMFUL)
     for name in plan.grid.where.other_prompts:
-        files[f"{name}-s{size.seeds[0]}"] = part(harmful[name], 0, size.prompts, name)
+        files[part_name(name, size.seeds[0])] = part(harmful[name], 0, size.prompts, name)
     return files
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Method, Plan, Step
+from study.real.grid import BENIGN, BENIGN_LOSS, CLASSIFIER, HARMFUL, SHUFFLED, Cell, Method, Plan, Step, part_name
 from study.real.where_cells import name_of
 
 CHOOSE, REPORT = "choose", "report"  # parts of the prompts asked: to choose by, and to report
@@ -45,7 +45,7 @@ class TuneCells:
         matrix's mean, and of the lowest scores."""
         model, data = self.untouched, self.plan.folders.data
         tuning = {"path": str(data / "refusals.jsonl"), "limit": self.size.rows}
-        benign = {"path": str(data / f"{BENIGN_LOSS}-s{seed}.jsonl"), "limit": self.size.rows}
+        benign = {"path": str(data / f"{part_name(BENIGN_LOSS, seed)}.jsonl"), "limit": self.size.rows}
         plain = {"criterion": ["tuning_grad", "magnitude", "random"]}
         yield self.mask_cell("plain", seed, {"tuning": tuning}, plain)
         responses = str(self.run_folder(self.where_cell(model, seed)) / "responses.jsonl")
@@ -53,7 +53,7 @@ class TuneCells:
         data_section = {"responses": responses, "tuning": tuning, "benign": benign}
         yield self.mask_cell("contrastive", seed, data_section, contrastive)
         exclusive = {"criterion": ["directed", "exclusive"]}
-        control = {"rows": {"path": str(data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
+        control = {"rows": {"path": str(data / f"{part_name(BENIGN_LOSS, seed)}.jsonl")}}
         yield self.mask_cell("exclusive", seed, {"responses": responses, "tuning": tuning}, exclusive, control)
         by_matrix = {"criterion": ["esi", "grad"], "normalise": "matrix"}
         yield self.mask_cell("by-matrix", seed, {"responses": responses}, by_matrix)

@@ -130,7 +130,9 @@ class WhereCells:
         criteria = estimator.criteria
         if o == Objective(HARMFUL, CLASSIFIER, self.main):
             criteria = [*criteria, *self.where.against_control]
-            config["control"] = {"rows": {"path": str(self.plan.folders.data / f"{BENIGN_LOSS}-s{seed}.jsonl")}}
+            config["control"] = {
+                "rows": {"path": str(self.plan.folders.data / f"{part_name(BENIGN_LOSS, seed)}.jsonl")}
+            }
         config["select"] = {"criterion": criteria, "ratio": self.where.ratio}
         needs = [o.responses] if o.responses is not None else []
         needs += [shuffled_cell(o.judge)] if o.judge in self.plan.shuffled_judges else []

@@ -186,11 +186,17 @@ class Masks:
         return self._folders.get(key, Path("/nonexistent")) / criterion
 
 
-def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], where: Mapping[str, Any]) -> list[Row]:
+def overlap_rows(
+    masks: Masks,
+    models: Sequence[str],
+    seeds: Sequence[int],
+    where: Mapping[str, Any],
+    larger_parts: Mapping[int, Sequence[int]],
+) -> list[Row]:
     """Overlaps of two masks, the weights in both over those of the smaller: the mean over pairs, least and greatest;
     without them where no pair of masks was made.
 
-    where: other_prompts, other_judges, shuffled_draws, estimators and counts of the grid.
+    where: other_prompts, other_judges, shuffled_draws, estimators and counts of the grid. larger_parts: of the plan.
     """
     rows, draws = list[Row](), [shuffled_judge_name(draw) for draw in range(where["shuffled_draws"])]
 
@@ -229,10 +235,10 @@ def overlap_rows(masks: Masks, models: Sequence[str], seeds: Sequence[int], wher
         for count in (number for number in where["counts"] if number < masks.prompts):
             beside(f"esi: {count} of the prompts", model, count=count)
             of_seeds(f"esi: other {count} prompts", model, count=count)
-        for count in (number for number in where["counts"] if number > masks.prompts):
+        for count, seeds_of_parts in larger_parts.items():
             # The first part of a larger number holds the prompts of the first seed.
             add(f"esi: {count} prompts", model, [(masks.of(model, seeds[0]), masks.of(model, seeds[0], count=count))])
-            if 2 * count <= max(where["counts"]):  # two parts without a prompt in common
+            if len(seeds_of_parts) > 1:
                 of_seeds(f"esi: other {count} prompts", model, count=count)
     both = [(masks.of(models[0], seed), masks.of(models[1], seed)) for seed in seeds]
     add("esi: aligned against untouched", "both", both)

@@ -963,6 +963,9 @@ def test_pages_are_written_beside_the_cells_unless_a_folder_is_named(plan: Plan,
 def test_every_number_of_prompts_has_a_row_of_overlaps(plan: Plan) -> None:
     where = plan.grid.where.model_dump()
     assert tuple(where["against_control"]) == AGAINST_CONTROL
-    rows = {row["what"] for row in overlap_rows(Masks([], Path(), "soft", 64), plan.models, (0, 1, 2), where)}
+    rows = {
+        row["what"]
+        for row in overlap_rows(Masks([], Path(), "soft", 64), plan.models, (0, 1, 2), where, plan.larger_parts())
+    }
     assert rows >= {f"esi: {count} prompts" for count in where["counts"] if count > 64}
     assert {"esi: other 128 prompts", "esi: other 256 prompts"} <= rows and "esi: other 512 prompts" not in rows
